@@ -1,0 +1,40 @@
+#include "cpu.h"
+
+#include "octavo_c.h"
+
+#if defined(OCTAVO_X86) && defined(_MSC_VER)
+#include <windows.h>
+#endif
+
+namespace octavo {
+namespace {
+
+int detect() {
+#if defined(OCTAVO_X86) && defined(_MSC_VER)
+    if (IsProcessorFeaturePresent(PF_AVX512F_INSTRUCTIONS_AVAILABLE)) return OCTAVO_ISA_AVX512;
+    if (IsProcessorFeaturePresent(PF_AVX2_INSTRUCTIONS_AVAILABLE)) return OCTAVO_ISA_AVX2;
+#elif defined(OCTAVO_X86)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return __builtin_cpu_supports("avx512f") ? OCTAVO_ISA_AVX512 : OCTAVO_ISA_AVX2;
+#endif
+    return OCTAVO_ISA_BASELINE;
+}
+
+}  // namespace
+
+int best_isa() {
+    static const int isa = detect();
+    return isa;
+}
+
+}  // namespace octavo
+
+extern "C" {
+
+int octavo_abi(void) { return OCTAVO_ABI; }
+
+const char* octavo_version(void) { return OCTAVO_VERSION; }
+
+int octavo_isa(void) { return octavo::best_isa(); }
+}

@@ -1,0 +1,3 @@
+#include "nearest_kernel.h"
+
+octavo::Kernel octavo::nearest_baseline(int v) { return kernel_for(v); }

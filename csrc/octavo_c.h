@@ -1,0 +1,62 @@
+/* C interface of the octavo_c library. Loaded with ctypes: no Python, no exceptions and no state cross it.
+ *
+ * All arrays are dense and row-major and belong to the caller. Every function returns one of the codes below.
+ */
+#ifndef OCTAVO_C_H
+#define OCTAVO_C_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define OCTAVO_API __declspec(dllexport)
+#else
+#define OCTAVO_API __attribute__((visibility("default")))
+#endif
+
+/* Changes whenever a signature below does; the Python side refuses any other number. */
+#define OCTAVO_ABI 1
+
+#define OCTAVO_OK 0
+#define OCTAVO_BAD_ARGUMENT 1
+#define OCTAVO_NO_MEMORY 2
+#define OCTAVO_OUT_OF_RANGE 3
+
+/* Instruction sets, for the `isa` argument; OCTAVO_ISA_BEST takes the widest that the processor has. */
+#define OCTAVO_ISA_BEST 0
+#define OCTAVO_ISA_BASELINE 1
+#define OCTAVO_ISA_AVX2 2
+#define OCTAVO_ISA_AVX512 3
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+OCTAVO_API int octavo_abi(void);
+OCTAVO_API const char* octavo_version(void);
+
+/* Widest instruction set that is both compiled in and present: one of OCTAVO_ISA_*. */
+OCTAVO_API int octavo_isa(void);
+
+/* out[i] = argmin_c sum_j w[i][j] (points[i][j] - book[c][j])^2, the lowest c of equals.
+ *
+ * points [n][v], weights [n][v] >= 0 or NULL for ones, book [k][v], out [n]; 1 <= v <= 16, 1 <= k < 2^31.
+ * NaN never wins: a centroid with NaN is not chosen, a point with NaN gets 0. The result does not depend on `threads`.
+ */
+OCTAVO_API int octavo_nearest(const float* points, const float* weights, int64_t n, const float* book, int64_t k,
+                              int32_t v, int64_t* out, int32_t threads, int32_t isa);
+
+/* codes [rows][count], each below 2^width, to bit streams words [rows][ceil(count * width / 32)]; 1 <= width <= 32.
+ * OCTAVO_OUT_OF_RANGE: a code does not fit; the contents of words are then unspecified.
+ */
+OCTAVO_API int octavo_pack(const int64_t* codes, int64_t rows, int64_t count, int32_t width, uint32_t* words,
+                           int32_t threads);
+
+/* The inverse of octavo_pack. */
+OCTAVO_API int octavo_unpack(const uint32_t* words, int64_t rows, int64_t count, int32_t width, int64_t* codes,
+                             int32_t threads);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,81 @@
+"""Options that ``quantize``, ``plan`` and ``demo`` share, so that a plan is made with the words of the job."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+
+class SideDtype(StrEnum):
+    """Stored dtype of scales, offsets and biases."""
+
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class BadHessian(StrEnum):
+    """What to do with a matrix whose calibration statistics are unusable."""
+
+    error = "error"
+    rtn = "rtn"
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Local folder, hub id, or .gguf file.")]
+NewFolder = Annotated[str, typer.Argument(metavar="OUT", help="New folder for the result; must not exist.")]
+Quantized = Annotated[str, typer.Argument(metavar="OUT", help="Folder of a quantized model.")]
+Method = Annotated[str, typer.Option("--method", "-m", help="vptq, gptq or rtn; `octavo doctor` lists all methods.")]
+Bits = Annotated[float, typer.Option("--bits", "-b", help="Bits per weight to aim at; codebooks are counted.")]
+Calibration = Annotated[
+    str,
+    typer.Option("--calib", help="'bundled', text or jsonl files (comma-separated), or datasets:NAME."),
+]
+Samples = Annotated[int, typer.Option("--samples", min=1, help="Calibration windows.")]
+Context = Annotated[
+    int | None,
+    typer.Option("--ctx", min=2, help="Tokens per window.", show_default="1024, or what the model allows"),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of all randomness.")]
+Skip = Annotated[
+    list[str] | None, typer.Option("--skip", metavar="PATTERN", help="Glob of layers to leave as they are; repeatable.")
+]
+Side = Annotated[SideDtype, typer.Option("--side-dtype", help="Stored dtype of scales, offsets and biases.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="An option of the method, value as JSON; repeatable."),
+]
+EvaluationText = Annotated[
+    str | None,
+    typer.Option("--text", metavar="FILE", help="Text or jsonl file; the bundled evaluation text by default."),
+]
+Reference = Annotated[
+    str | None,
+    typer.Option("--reference", metavar="MODEL", help="The original model, for KL divergence and agreement."),
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option("--qa", metavar="FILE", help="Multiple-choice jsonl {query, choices, gold}; repeatable."),
+]
+TaskLimit = Annotated[
+    int | None, typer.Option("--qa-limit", min=1, help="Only the first N items of every --qa file or --lm-eval task.")
+]
+Harness = Annotated[
+    str | None, typer.Option("--lm-eval", metavar="TASKS", help='Comma-separated lm-eval tasks (extra "eval").')
+]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=2, help="Use only the first N tokens of the text.")]
+BatchTokens = Annotated[int, typer.Option("--batch-tokens", min=1, help="Tokens per forward pass.")]
+
+
+class Decode(StrEnum):
+    """Whether quantized matrices are decoded once or at every call."""
+
+    auto = "auto"
+    dense = "dense"
+    packed = "packed"
+
+
+DecodeOption = Annotated[
+    Decode, typer.Option("--decode", help="Quantized matrices: decoded once, at every call, or what suits the device.")
+]

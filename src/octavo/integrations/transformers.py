@@ -1,0 +1,223 @@
+"""Octavo checkpoints in transformers: the quantizer behind ``from_pretrained``, and :func:`load`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from octavo._core.errors import FormatError, ResourceError, UsageError
+from octavo.formats import native
+from octavo.formats.reader import CheckpointReader, listing
+from octavo.nn import VQLinear
+from octavo.weight import Layout
+
+Decode = Literal["auto", "dense", "packed"]
+
+
+def register() -> None:
+    """Put the quantizer into transformers' tables under ``"octavo"``; a second call does nothing."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(native.QUANT_METHOD, OctavoConfig)
+    AUTO_QUANTIZER_MAPPING.setdefault(native.QUANT_METHOD, OctavoQuantizer)
+
+
+class OctavoConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a native checkpoint; its attributes are exactly the keys in config.json.
+
+    Raises:
+        FormatError: an unknown format version or key.
+    """
+
+    def __init__(self, /, **raw: Any) -> None:
+        raw.setdefault("quant_method", native.QUANT_METHOD)
+        native.parse_config(raw, native.CONFIG_FILE)
+        self.__dict__.update(raw)
+
+
+class OctavoQuantizer(HfQuantizer):
+    """Replaces the linear layers that config.json lists by VQLinear and refuses every checkpoint that does not fit."""
+
+    requires_calibration = True
+    quantization_config: OctavoConfig
+
+    def __init__(self, quantization_config: OctavoConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._config = native.parse_config(quantization_config.to_dict(), native.CONFIG_FILE)
+        self._stored = frozenset(self._config.tensors())
+        self._transposed: set[str] = set()
+
+    @property
+    def is_trainable(self) -> bool:
+        """Indices cannot be trained, and centroids are not."""
+        return False
+
+    def is_serializable(self) -> bool:
+        """``save_pretrained`` writes the same tensors again, bit for bit."""
+        return True
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Tensors of quantized matrices are never cast, not even by a model's keep-in-float32 list."""
+        targets = getattr(converter, "target_patterns", None) or [""]
+        return None if targets[0] in self._stored else super().get_new_dtype(converter, param, dtype)
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
+        if folder is not None:
+            native.check(folder, self._config)
+        for name, layout in self._config.layouts.items():
+            old = _linear_at(model, name, layout)
+            if isinstance(old, Conv1D):
+                self._transposed.add(name)
+            model.set_submodule(name, VQLinear(layout, device="meta"))
+        if folder is not None:
+            from octavo.models.names import match_names
+
+            match_names(model, CheckpointReader(folder, strict=True))
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        for name in self._config.layouts:
+            weight = model.get_submodule(name).vq_weight()
+            lost = [key for key, tensor in weight.tensors.items() if tensor.device.type == "meta"]
+            if lost:
+                raise FormatError(f"{name}: {listing(lost)} were not loaded from the checkpoint.")
+            weight.validate(name)
+        # transformers marks what it loaded and fills the rest with random numbers; offloaded tensors are on "meta".
+        random = [
+            name
+            for name, tensor in model.state_dict(keep_vars=True).items()
+            if tensor.device.type != "meta" and not getattr(tensor, "_is_hf_initialized", False)
+        ]
+        if random:
+            raise FormatError(f"{type(model).__name__}: {listing(random)} were not in the checkpoint. Fetch it again.")
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, VQLinear)}
+        for name, layer in layers.items():
+            if layer.indices.device.type == "meta":  # type: ignore[union-attr]
+                raise ResourceError(f"{name} is offloaded and cannot be decoded there. Load with decode='packed'.")
+            dense = layer.densify(dtype)
+            model.set_submodule(name, _as_conv1d(dense) if name in self._transposed else dense)
+        return model
+
+
+def load(
+    path: str | Path,
+    dtype: str | torch.dtype | None = None,
+    device_map: Any = None,
+    decode: Decode = "auto",
+    *,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Load a checkpoint folder, Octavo's or an original one, as a transformers model in evaluation mode.
+
+    Args:
+        path: the folder (or anything else that ``octavo quantize`` takes as MODEL, which is then fetched or converted).
+        dtype: of everything that is not quantized and of the computation; None takes the one in config.json.
+        device_map: as in ``from_pretrained``; None is the CPU.
+        decode: ``packed`` keeps the matrices quantized and decodes them at every call; ``dense`` decodes each once into
+            an ordinary linear layer, which costs the memory of the original model; ``auto`` is dense on the CPU.
+        trust_remote_code: run the code that comes with the model.
+
+    Returns:
+        (model, tokenizer); ``model.octavo_decode`` says what was done: ``packed``, ``dense`` or ``original``.
+
+    Raises:
+        FormatError: no such folder, no model in it, or a checkpoint that is damaged, incomplete or of another version.
+        UsageError: an unknown ``dtype`` or ``decode``.
+    """
+    if decode not in ("auto", "dense", "packed"):
+        raise UsageError(f"decode wanted 'auto', 'dense' or 'packed', got {decode!r}.")
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise UsageError(f"dtype wanted a torch dtype such as 'bfloat16', got {dtype!r}.")
+    folder = _folder(path, trust_remote_code)
+    is_native = native.is_native(folder)
+    if is_native:
+        native.check(folder)
+    else:
+        CheckpointReader(folder)
+    register()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            device_map=device_map,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **local,
+        )
+        model, report = loaded
+    except (OSError, ValueError, KeyError) as error:
+        raise FormatError(f"{folder}: transformers cannot load this model: {error}") from error
+    for kind in ("missing", "mismatched"):
+        if report[f"{kind}_keys"]:
+            names = [key if isinstance(key, str) else key[0] for key in report[f"{kind}_keys"]]
+            raise FormatError(f"{folder}: tensors that {type(model).__name__} needs are {kind}: {listing(names)}.")
+    on_cpu = {tensor.device.type for tensor in model.parameters()} == {"cpu"}
+    if not is_native:
+        model.octavo_decode = "original"
+    elif decode == "dense" or (decode == "auto" and on_cpu):
+        model = model.dequantize()
+        model.octavo_decode = "dense"
+    else:
+        model.octavo_decode = "packed"
+    return model, tokenizer
+
+
+def _folder(path: str | Path, trust_remote_code: bool) -> Path:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    from octavo.models.source import resolve
+
+    return resolve(path, trust_remote_code=trust_remote_code).folder
+
+
+def _linear_at(model: Any, name: str, layout: Layout) -> nn.Module:
+    """The linear layer that a quantized matrix replaces; its shape must fit and nothing may be tied to it."""
+    try:
+        old = model.get_submodule(name)
+    except AttributeError:
+        raise FormatError(
+            f"{type(model).__name__} has no module {name}, which {native.CONFIG_FILE} lists as quantized. "
+            "Load it with AutoModelForCausalLM; if that is what you did, config.json is of another model."
+        ) from None
+    if isinstance(old, Conv1D):
+        shape = (old.nf, old.nx)
+    elif isinstance(old, nn.Linear):
+        shape = (old.out_features, old.in_features)
+    else:
+        raise FormatError(f"{name} is a {type(old).__name__} in {type(model).__name__}; a linear layer is wanted.")
+    if shape != layout.shape:
+        raise FormatError(
+            f"{name} is {shape} in {type(model).__name__}, its layout in {native.CONFIG_FILE} {layout.shape}."
+        )
+    if old.bias is not None and not layout.bias:
+        raise FormatError(f"{name} has a bias in {type(model).__name__}, but the checkpoint stores none.")
+    tied = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
+    if f"{name}.weight" in tied:
+        raise FormatError(f"{name} is quantized but {native.CONFIG_FILE} ties it; 'tie_word_embeddings' must be false.")
+    return old
+
+
+def _as_conv1d(dense: nn.Linear) -> Conv1D:
+    """The same layer as GPT-2 has it, so that a decoded model saves to the checkpoint that its class expects."""
+    with torch.device("meta"):
+        layer = Conv1D(dense.out_features, dense.in_features)
+    layer.weight = nn.Parameter(dense.weight.t().contiguous(), requires_grad=False)
+    layer.bias = dense.bias
+    return layer.train(dense.training)
+
+
+register()

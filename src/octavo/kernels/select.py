@@ -1,0 +1,95 @@
+"""Which kernel runs: the fastest that can, or the one that ``OCTAVO_KERNEL`` names."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from octavo._core.errors import UsageError
+from octavo._core.registry import Registry
+from octavo.weight import Layout, VQWeight
+
+ENVIRONMENT = "OCTAVO_KERNEL"
+
+
+class Kernel(ABC):
+    """One way to multiply by a VQWeight. Subclasses are filed by ``@registry.register(name)`` and never instantiated.
+
+    Attributes:
+        rank: of the kernels that can run, the one with the highest rank does.
+        slow: for a kernel that nobody would choose: why it is slow and what to do, shown once as a warning. Else empty.
+    """
+
+    rank: ClassVar[int]
+    slow: ClassVar[str] = ""
+
+    @staticmethod
+    @abstractmethod
+    def missing() -> str:
+        """What this machine lacks (and how to get it), or an empty string."""
+
+    @staticmethod
+    @abstractmethod
+    def why_not(layout: Layout, device: torch.device) -> str:
+        """Why this kernel cannot run ``layout`` on ``device``, or an empty string."""
+
+    @staticmethod
+    @abstractmethod
+    def linear(x: Tensor, weight: VQWeight) -> Tensor:
+        """``x @ W.T + bias``: [.., in_features] to [.., out_features], in the dtype of ``x``."""
+
+
+registry: Registry[type[Kernel]] = Registry("kernel", "octavo.kernels")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the kernel table of ``octavo doctor``."""
+
+    name: str
+    about: str
+    rank: int
+    usable: bool
+    note: str
+
+
+def choose(layout: Layout, device: torch.device) -> tuple[str, str]:
+    """Name of the kernel that runs ``layout`` on ``device``, and why that one.
+
+    Raises:
+        UsageError: ``OCTAVO_KERNEL`` names an unknown kernel, or one that cannot run this layout here.
+    """
+    forced = os.environ.get(ENVIRONMENT, "")
+    if forced:
+        if forced not in registry.names():
+            raise UsageError(f"{ENVIRONMENT}={forced}: no such kernel; known: {', '.join(registry.names())}.")
+        reason = _obstacle(forced, layout, device)
+        if reason:
+            raise UsageError(f"{ENVIRONMENT}={forced} cannot run here: {reason}. Unset it to let Octavo choose.")
+        return forced, f"{ENVIRONMENT} is set"
+    obstacles = {name: _obstacle(name, layout, device) for name in registry}
+    usable = [name for name, obstacle in obstacles.items() if not obstacle]
+    best = max(usable, key=lambda name: registry.get(name).rank)
+    faster = [f"{n}: {why}" for n, why in obstacles.items() if why and registry.get(n).rank > registry.get(best).rank]
+    return best, f"no faster kernel can run ({'; '.join(faster)})" if faster else "the fastest kernel there is"
+
+
+def table() -> list[Row]:
+    """All kernels, fastest first, and whether this machine can run them."""
+    rows = []
+    for name in registry:
+        kernel = registry.get(name)
+        missing = kernel.missing()
+        about = (kernel.__doc__ or "").strip().split("\n")[0]
+        rows.append(Row(name, about, kernel.rank, not missing, missing or "ready"))
+    return sorted(rows, key=lambda row: -row.rank)
+
+
+def _obstacle(name: str, layout: Layout, device: torch.device) -> str:
+    kernel = registry.get(name)
+    return kernel.missing() or kernel.why_not(layout, device)

@@ -1,0 +1,165 @@
+"""The second moment H = E[x x^T] of a linear layer's inputs, and its factorisation for error feedback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo._core.errors import NumericalError
+
+#: Relative damping tried in turn until the Cholesky factorisation succeeds.
+DAMPING_LADDER = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+#: Rows of the Hessian that are accumulated by one product.
+_TILE = 1024
+#: More non-finite calibration rows than this share means that the statistics cannot be trusted.
+MAX_BAD_SHARE = 0.1
+
+
+class HessianAccumulator:
+    """Sum of x^T x over tokens, in float32, with non-finite rows left out and counted.
+
+    Attributes:
+        tokens: rows that entered the sum.
+        bad_tokens: rows that were left out because of NaN or infinity.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.tokens = 0
+        self.bad_tokens = 0
+
+    @property
+    def in_features(self) -> int:
+        """Number of input features."""
+        return self._sum.shape[0]
+
+    def add(self, x: Tensor) -> None:
+        """Add inputs ``x`` [tokens, in_features] of any float dtype."""
+        x = x.to(self._sum.dtype)
+        # A finite sum proves finite entries (short of overflow, which the exact test below then settles).
+        if not bool(torch.isfinite(x.sum())):
+            good = torch.isfinite(x).all(dim=1)
+            self.bad_tokens += int((~good).sum())
+            x = x[good]
+        self.tokens += x.shape[0]
+        with exact_float32():
+            # H is symmetric: only the tiles on and right of the diagonal are computed.
+            for start in range(0, self.in_features, _TILE):
+                rows = x[:, start : start + _TILE]
+                self._sum[start : start + _TILE, start:].addmm_(rows.T, x[:, start:])
+
+    def matrix(self) -> Tensor:
+        """H [in, in], float32, normalised by the number of tokens (zeros when there were none)."""
+        upper = self._sum.triu()
+        upper.div_(max(self.tokens, 1))
+        return upper.add_(upper.triu(1).T)
+
+    def check(self, where: str) -> None:
+        """Refuse statistics that must not be used.
+
+        Raises:
+            NumericalError: too many non-finite rows, or a sum that overflowed; ``where`` names the module.
+        """
+        total = self.tokens + self.bad_tokens
+        if total and self.bad_tokens > MAX_BAD_SHARE * total:
+            raise NumericalError(
+                f"{where}: {self.bad_tokens} of {total} calibration rows are NaN or infinite (limit "
+                f"{MAX_BAD_SHARE:.0%}). The model itself overflows on this text: check the checkpoint and its dtype."
+            )
+        check_finite(self._sum, where)
+
+
+def check_finite(hessian: Tensor, where: str) -> None:
+    """Refuse a Hessian with NaN or infinity, which damping cannot repair.
+
+    Raises:
+        NumericalError: with the counts and the module's name.
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        nan, inf = int(torch.isnan(hessian).sum()), int(torch.isinf(hessian).sum())
+        raise NumericalError(
+            f"{where}: the Hessian holds {nan} NaN and {inf} infinite entries of {hessian.numel()}; the activations "
+            "overflow in float32. Check the checkpoint, or use --on-bad-hessian rtn to round this matrix to nearest."
+        )
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Full float32 products (no TF32) inside the block; the caller's setting is restored."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Upper-triangular U with (H + damping)^-1 = U^T U, and the relative damping that it took.
+
+    ``feedback`` is U with every row divided by its diagonal entry (unit upper triangular: the LDL factor of H^-1);
+    ``variance`` [in] is U_jj^2, whose inverse is the weight of column j's error in the proxy loss.
+    """
+
+    feedback: Tensor
+    variance: Tensor
+    damping: float
+
+
+def dead_columns(hessian: Tensor) -> Tensor:
+    """Boolean mask [in] of input channels that never fired (H_jj = 0)."""
+    return torch.diagonal(hessian) <= 0
+
+
+def factorize(hessian: Tensor, where: str = "matrix", damping: float = DAMPING_LADDER[0]) -> Factor:
+    """Factorise a damped Hessian for error feedback.
+
+    H is symmetrised, dead channels get the mean diagonal, and ``damping`` times the mean diagonal is added; when the
+    factorisation fails the damping climbs :data:`DAMPING_LADDER`, first in float32, then once more in float64.
+    With J the reversal of the order of the columns, J H J = L L^T gives H = V V^T for the upper-triangular V = J L J,
+    so U = V^-1 satisfies H^-1 = U^T U: one Cholesky and one triangular inverse, never H^-1 itself.
+
+    Raises:
+        NumericalError: non-finite entries, an empty Hessian, or failure at full damping.
+    """
+    check_finite(hessian, where)
+    diagonal = torch.diagonal(hessian)
+    if not bool((diagonal > 0).any()):
+        raise NumericalError(
+            f"{where}: the Hessian's diagonal has no positive entry: the layer saw no calibration data at all. More "
+            "damping cannot help; check the calibration text, or use --on-bad-hessian rtn."
+        )
+    mean = float(diagonal.clamp(min=0).mean())
+    ladder = sorted({damping, *(d for d in DAMPING_LADDER if d > damping)})
+    for dtype in (torch.float32, torch.float64):
+        base = hessian.to(dtype)
+        base = (base + base.T) / 2
+        base.diagonal().masked_fill_(torch.diagonal(base) <= 0, mean)
+        for damp in ladder:
+            damped = base.clone()
+            damped.diagonal().add_(damp * mean)
+            lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+            if int(info) != 0 or not bool(torch.isfinite(lower).all()):
+                continue
+            identity = torch.eye(lower.shape[0], dtype=dtype, device=lower.device)
+            inverse = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            scale = torch.diagonal(inverse)
+            return Factor((inverse / scale.unsqueeze(1)).float(), (scale * scale).float(), damp)
+    raise NumericalError(
+        f"{where}: Cholesky factorisation failed even with damping {ladder[-1]} times the mean diagonal ({mean:.3g}). "
+        "The statistics are unusable; use more calibration text, or --on-bad-hessian rtn."
+    )
+
+
+def proxy_loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    """Relative proxy error tr(E H E^T) / tr(W H W^T) with E = W - Q, all in float32 with exact products."""
+    with exact_float32():
+        error = weight - quantized
+        top = float(((error @ hessian) * error).sum())
+        bottom = float(((weight @ hessian) * weight).sum())
+    return top / bottom if bottom > 0 else (float("inf") if top > 0 else 0.0)

@@ -1,0 +1,140 @@
+"""VQLinear: a linear layer whose weight is a VQWeight."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from octavo._core.clib import SlowPathWarning
+from octavo._core.errors import UsageError
+from octavo.kernels import select
+from octavo.weight import Layout, VQWeight
+
+
+@cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, SlowPathWarning, stacklevel=3)
+
+
+class VQLinear(nn.Module):
+    """``y = x W^T + bias`` with W stored as the tensors of a :class:`Layout`; for inference only.
+
+    The buffers are called exactly as ``layout.tensors()`` says and keep those dtypes whatever happens to the module:
+    ``.to(torch.bfloat16)`` moves them and casts nothing, since a cast codebook is another codebook. The result has the
+    dtype of the input.
+
+    Args:
+        layout: how the matrix is stored.
+        device: where the (uninitialised) buffers are made.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.layout = layout
+        self.in_features = layout.shape[1]
+        self.out_features = layout.shape[0]
+        # What a dense layer in this place would have; code such as T5's `wo.weight.dtype` asks for it.
+        self._dense_dtype = torch.get_default_dtype()
+        for name, (dtype, shape) in layout.tensors().items():
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
+        if not layout.bias:
+            self.register_buffer("bias", None)
+
+    @classmethod
+    def from_weight(cls, weight: VQWeight) -> VQLinear:
+        """A layer that shares the tensors of ``weight``."""
+        layer = cls(weight.layout, device="meta")
+        for name, tensor in weight.tensors.items():
+            layer._buffers[name] = tensor
+        return layer
+
+    def vq_weight(self) -> VQWeight:
+        """The weight, sharing this layer's tensors.
+
+        Raises:
+            FormatError: somebody put a tensor of another dtype or shape into a buffer.
+        """
+        return VQWeight(self.layout, {name: self._buffers[name] for name in self.layout.tensors()})  # type: ignore[misc]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense [out_features, in_features] matrix, decoded only if it is used and not for its dtype or device.
+
+        A fresh tensor at every access: changing it does not change the layer.
+        """
+        return _LazyMatrix(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply [.., in_features] floats; gives [.., out_features] in the same dtype.
+
+        Raises:
+            UsageError: ``x`` holds no floats, has another width, or ``OCTAVO_KERNEL`` cannot be honoured.
+        """
+        if not x.is_floating_point() or x.shape[-1] != self.in_features:
+            raise UsageError(f"VQLinear: input wanted floats [.., {self.in_features}], got {x.dtype} {tuple(x.shape)}.")
+        name, _ = select.choose(self.layout, x.device)
+        kernel = select.registry.get(name)
+        if kernel.slow and not os.environ.get(select.ENVIRONMENT):
+            _warn_once(kernel.slow)
+        return kernel.linear(x, self.vq_weight())
+
+    @torch.no_grad()
+    def densify(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """An ordinary linear layer: the matrix decoded in float32, rounded once to ``dtype`` (default float32)."""
+        weight = self.vq_weight()
+        dense = nn.Linear(self.in_features, self.out_features, bias=self.layout.bias, device="meta")
+        dense.weight = nn.Parameter(weight.dequantize().to(dtype or torch.float32), requires_grad=False)
+        if weight.bias is not None:
+            # A copy, so that the dense layer does not write into this one.
+            dense.bias = nn.Parameter(weight.bias.to(dtype or torch.float32, copy=True), requires_grad=False)
+        return dense.train(self.training)
+
+    def extra_repr(self) -> str:
+        """The numbers that tell layers apart, true bits beside nominal ones."""
+        layout = self.layout
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={layout.bias}, "
+            f"bits_per_weight={layout.bits_per_weight:.3f} (indices {layout.nominal_bits:.3f})"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VQLinear:
+        """Let ``.to()``, ``.half()``, ``.cuda()`` and the like change the device, never the dtype, of the buffers."""
+        self._dense_dtype = fn(torch.empty(0, dtype=self._dense_dtype, device=self._buffers["indices"].device)).dtype  # type: ignore[union-attr]
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+class _LazyMatrix(Tensor):
+    """Knows shape, dtype and device of a VQLinear's matrix for free, and decodes it at the first real operation."""
+
+    _layer: VQLinear
+    # transformers' initialisers leave tensors with this mark alone; there is nothing to initialise here.
+    _is_hf_initialized = True
+
+    @staticmethod
+    def __new__(cls, layer: VQLinear) -> _LazyMatrix:
+        device = layer._buffers["indices"].device  # type: ignore[union-attr]
+        matrix = Tensor._make_wrapper_subclass(cls, layer.layout.shape, dtype=layer._dense_dtype, device=device)  # type: ignore[attr-defined]
+        matrix._layer = layer
+        return matrix
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"<matrix {tuple(self.shape)} {self.dtype} of a VQLinear, not decoded>"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def decode(value: Any) -> Any:
+            return value._layer.vq_weight().dequantize().to(value.dtype) if isinstance(value, cls) else value
+
+        return func(*tree_map(decode, args), **tree_map(decode, kwargs or {}))

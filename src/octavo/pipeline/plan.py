@@ -1,0 +1,240 @@
+"""The dry run: which matrix gets which layout, and what that will cost in bits, bytes, memory, disk and time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from octavo import algorithms
+from octavo._core.errors import UsageError
+from octavo.algorithms import Algorithm
+from octavo.calibration.data import window_length
+from octavo.models.adapter import CausalModel
+from octavo.models.source import resolve
+from octavo.weight import Layout, SideDtype
+
+#: A layer that reads what a column-split layer wrote is split along its inputs under tensor parallelism.
+_ROW_PARALLEL = ("o_proj", "down_proj", "c_proj", "out_proj", "dense", "wo", "fc2")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix of the plan."""
+
+    module: str
+    block: int
+    layout: Layout
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {
+            "module": self.module,
+            "block": self.block,
+            "layout": self.layout.to_dict(),
+            "nominal_bits": self.layout.nominal_bits,
+            "bits_per_weight": self.layout.bits_per_weight,
+            "bytes": -(-self.layout.bits() // 8),
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The result of :func:`plan`.
+
+    Attributes:
+        matrices: every matrix that will be quantized.
+        kept: names of the checkpoint tensors that are copied unchanged.
+        bits_per_weight: true bits over true weights of all quantized matrices together.
+        quantized_bytes, kept_bytes: payload of the output's shards.
+        source_bytes: payload of the original.
+        memory_bytes: estimated peak of the job; work_bytes: disk that the resumable store takes on top of the output.
+        seconds: estimated from a short measurement of this machine.
+        warnings: what a careful person would want to know before starting.
+    """
+
+    model: str
+    method: str
+    options: dict[str, Any]
+    matrices: tuple[Matrix, ...]
+    kept: tuple[str, ...]
+    bits_per_weight: float
+    quantized_bytes: int
+    kept_bytes: int
+    source_bytes: int
+    memory_bytes: int
+    work_bytes: int
+    seconds: float
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def file_bytes(self) -> int:
+        """Payload of the output: quantized matrices and everything kept."""
+        return self.quantized_bytes + self.kept_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        plain = {k: v for k, v in vars(self).items() if k not in ("matrices", "kept", "warnings")}
+        return plain | {
+            "file_bytes": self.file_bytes,
+            "matrices": [m.to_dict() for m in self.matrices],
+            "kept": list(self.kept),
+            "warnings": list(self.warnings),
+        }
+
+
+def plan(
+    model: str | Path,
+    *,
+    method: str = "vptq",
+    bits: float = 2.25,
+    options: Mapping[str, Any] | None = None,
+    skip: Sequence[str] = (),
+    samples: int = 32,
+    ctx: int | None = None,
+    side_dtype: SideDtype = "float16",
+    tensor_parallel: int = 1,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    work: Path | None = None,
+) -> Plan:
+    """Work out a quantization without doing it; reads only configuration and tensor headers.
+
+    Raises:
+        UsageError: options that do not fit, patterns that match nothing, shapes that ``tensor_parallel`` cannot split.
+        FormatError: a checkpoint that is broken or unknown.
+    """
+    algorithm = build_algorithm(method, bits, side_dtype, options)
+    source = resolve(model, revision=revision, trust_remote_code=trust_remote_code, work=work)
+    causal = CausalModel(source, skip=skip)
+    return plan_model(causal, algorithm, samples, window_length(ctx, causal.max_positions), tensor_parallel)
+
+
+def build_algorithm(
+    method: str, bits: float, side_dtype: SideDtype, options: Mapping[str, Any] | None = None
+) -> Algorithm:
+    """The configured method; options repeat neither ``bits`` nor ``side_dtype``."""
+    given = dict(options or {})
+    for name in ("bits", "side_dtype"):
+        if name in given:
+            raise UsageError(f"option {name!r} has a parameter of its own; do not repeat it among the method's options")
+    return algorithms.get(method)(bits=bits, side_dtype=side_dtype, **given)
+
+
+def plan_model(model: CausalModel, algorithm: Algorithm, samples: int, ctx: int, tensor_parallel: int = 1) -> Plan:
+    """:func:`plan` for a model that is already open."""
+    if samples < 1 or ctx < 2:
+        raise UsageError(f"samples wanted >= 1 and ctx >= 2, got {samples} and {ctx}")
+    targets = [(name, i, target) for i in range(len(model.blocks)) for name, target in model.targets(i).items()]
+    layouts = algorithm.layouts([(target.shape, target.bias) for _, _, target in targets])
+    matrices = [Matrix(name, index, layout) for (name, index, _), layout in zip(targets, layouts, strict=True)]
+    if not matrices:
+        raise UsageError(f"{model.source.name}: every linear layer is skipped; there is nothing to quantize")
+    if tensor_parallel != 1:
+        _check_tensor_parallel(matrices, tensor_parallel)
+    weights = sum(m.layout.weights for m in matrices)
+    bits = sum(m.layout.bits() for m in matrices)
+    kept = model.kept()
+    kept_bytes = sum(model.reader.bytes(name) for name in kept)
+    flops = _flops(matrices, samples * ctx, algorithm.needs_hessian)
+    return Plan(
+        model=model.source.name,
+        method=algorithm.name,
+        options=vars(algorithm).copy(),
+        matrices=tuple(matrices),
+        kept=tuple(kept),
+        bits_per_weight=bits / weights,
+        quantized_bytes=sum(-(-m.layout.bits() // 8) for m in matrices),
+        kept_bytes=kept_bytes,
+        source_bytes=model.reader.total_bytes,
+        memory_bytes=_memory(model, matrices, samples * ctx, algorithm.needs_hessian),
+        work_bytes=bits // 8 + (_hidden_bytes(model, samples * ctx) * 3 if algorithm.needs_hessian else 0),
+        seconds=flops / _measured_flops(),
+        warnings=tuple(_warnings(model, matrices, algorithm, samples * ctx)),
+    )
+
+
+def _check_tensor_parallel(matrices: Sequence[Matrix], ways: int) -> None:
+    if ways < 1:
+        raise UsageError(f"--tensor-parallel wanted >= 1, got {ways}")
+    bad = []
+    for matrix in matrices:
+        out, inp = matrix.layout.shape
+        if matrix.module.rsplit(".", 1)[-1] in _ROW_PARALLEL:
+            unit = matrix.layout.vector_length if matrix.layout.direction == "row" else 1
+            fits, what = inp % (ways * unit) == 0, f"{inp} inputs"
+        else:
+            unit = matrix.layout.vector_length if matrix.layout.direction == "column" else 1
+            fits, what = out % (ways * unit) == 0, f"{out} outputs"
+        if not fits:
+            bad.append(f"{matrix.module} ({what}, vectors of {matrix.layout.vector_length})")
+    if bad:
+        raise UsageError(
+            f"--tensor-parallel {ways} does not divide {len(bad)} matrices: {', '.join(bad[:4])}"
+            f"{', ..' if len(bad) > 4 else ''}. Choose a number of ranks, or a vector_length, that divides them."
+        )
+
+
+def _warnings(model: CausalModel, matrices: Sequence[Matrix], algorithm: Algorithm, tokens: int) -> list[str]:
+    notes = list(model.notes)
+    bits = sum(m.layout.bits() for m in matrices) / sum(m.layout.weights for m in matrices)
+    if algorithm.counts_all_bits and bits > algorithm.bits:
+        worst = max(matrices, key=lambda m: m.layout.bits_per_weight)
+        notes.append(
+            f"the matrices are too small for {algorithm.bits} bits per weight with these options: {bits:.3f} in all, "
+            f"up to {worst.layout.bits_per_weight:.2f} ({worst.module} {worst.layout.shape})"
+        )
+    widest = max(m.layout.shape[1] for m in matrices)
+    if algorithm.needs_hessian and tokens < widest:
+        notes.append(
+            f"{tokens} calibration tokens are fewer than the widest layer's {widest} inputs: its Hessian is rank "
+            "deficient and leans on damping; raise --samples or --ctx"
+        )
+    return notes
+
+
+def _hidden_bytes(model: CausalModel, tokens: int) -> int:
+    return tokens * model.config.get_text_config().hidden_size * 4
+
+
+def _memory(model: CausalModel, matrices: Sequence[Matrix], tokens: int, hessians: bool) -> int:
+    """Interpreter and libraries, one block in float32 twice, hidden states twice, Hessians and their factors."""
+    per_block: dict[int, int] = {}
+    for m in matrices:
+        per_block[m.block] = per_block.get(m.block, 0) + 4 * m.layout.weights
+    total = 500_000_000 + 2 * max(per_block.values())
+    if hessians:
+        widths = {m.layout.shape[1] for m in matrices}
+        total += 2 * _hidden_bytes(model, tokens)
+        total += sum(4 * w * w for w in widths) + 5 * 4 * max(widths) ** 2
+        total += model.embedding_bytes
+    return total
+
+
+def _flops(matrices: Sequence[Matrix], tokens: int, hessians: bool) -> float:
+    total = 0.0
+    for m in matrices:
+        out, inp = m.layout.shape
+        total += sum(out * inp * (2 << b) for b in m.layout.stages) * (22 if m.layout.codebook_dtype != "grid" else 0)
+        if hessians:
+            total += 2 * 2.0 * out * inp * tokens + out * inp * inp + inp**3
+    if hessians:
+        # Layers that read the same input share a Hessian; about 4 of 7 matrices own one.
+        total += sum(2.0 * m.layout.shape[1] ** 2 * tokens for m in matrices) * 4 / 7
+    return total
+
+
+def _measured_flops() -> float:
+    """Float32 matrix-product speed of this machine in operations per second, from about 0.1 s of work."""
+    a = torch.rand(512, 512)
+    torch.mm(a, a)
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.1:
+        torch.mm(a, a)
+        count += 1
+    # A job reaches about half of the peak: small products, memory-bound passes, Python.
+    return 0.5 * count * 2 * 512**3 / (time.perf_counter() - start)

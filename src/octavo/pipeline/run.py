@@ -1,0 +1,433 @@
+"""Quantize a model block by block: later blocks see the quantized earlier ones, every block is committed."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import octavo
+from octavo._core import io
+from octavo._core.config import to_dict
+from octavo._core.errors import Interrupted, NumericalError, UsageError
+from octavo._core.seeds import generator
+from octavo.algorithms import Algorithm
+from octavo.calibration import capture
+from octavo.calibration.data import Tokens, read_text, window_length, windows
+from octavo.math.hessian import proxy_loss
+from octavo.models.adapter import CausalModel
+from octavo.models.source import resolve
+from octavo.pipeline.events import Clock, Event, Progress
+from octavo.pipeline.output import write_output
+from octavo.pipeline.plan import Plan, build_algorithm, plan_model
+from octavo.pipeline.store import Store, set_aside
+from octavo.weight import Layout, SideDtype, VQWeight
+
+#: Sequences per forward pass are chosen so that a batch has about this many tokens.
+_BATCH_TOKENS = 4096
+#: What a work folder may hold.
+_OWN = ("LOCK", "CURRENT", "objects", "source", "output")
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """What one matrix got: true bits per weight, relative proxy error (None without statistics), seconds."""
+
+    module: str
+    shape: tuple[int, int]
+    nominal_bits: float
+    bits_per_weight: float
+    error: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of :func:`quantize`.
+
+    Attributes:
+        bits_per_weight: true bits over weights of all quantized matrices.
+        file_bytes: size of the output's weight files.
+        seconds: wall clock of this run; phases: where it went.
+        peak_bytes: largest resident memory of the process.
+        notes: warnings that were raised on the way.
+    """
+
+    model: str
+    output: str
+    method: str
+    bits_per_weight: float
+    file_bytes: int
+    seconds: float
+    phases: dict[str, float]
+    peak_bytes: int
+    tokens: int
+    token_hash: str | None
+    matrices: tuple[MatrixReport, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    method: str = "vptq",
+    bits: float = 2.25,
+    calib: str | Path = "bundled",
+    samples: int = 32,
+    ctx: int | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    force_new: bool = False,
+    keep_work: bool = False,
+    options: Mapping[str, Any] | None = None,
+    skip: Sequence[str] = (),
+    on_bad_hessian: Literal["error", "rtn"] = "error",
+    side_dtype: SideDtype = "float16",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Report:
+    """Quantize the model to the folder ``out``, which must not exist.
+
+    The job's state lives in ``OUT.work`` until the output has been written, read back and verified; a killed job
+    continues with ``resume=True`` and gives the same bytes as an uninterrupted one.
+
+    Args:
+        model: local folder, hub id, or .gguf file.
+        out: new folder in Hugging Face format.
+        method, bits, options, side_dtype: see :mod:`octavo.algorithms`.
+        calib: ``bundled``, a text or jsonl file (or several, comma-separated), or ``datasets:NAME``.
+        samples, ctx: calibration windows and tokens per window (1024, or as many as the model allows).
+        seed: of all randomness.
+        force_new: set an unfinished job aside and start again.
+        keep_work: keep the work folder.
+        skip: glob patterns of linear layers to leave as they are.
+        on_bad_hessian: what to do with a matrix whose statistics are unusable: stop, or quantize it without them.
+        progress: called with an :class:`Event` for every step.
+        stop: asked after every block; True raises Interrupted with everything committed.
+
+    Raises:
+        OctavoError: one of its kinds; see :mod:`octavo._core.errors`.
+    """
+    job = _Job(Path(out), progress or (lambda event: None), stop or (lambda: False), on_bad_hessian, seed)
+    algorithm = build_algorithm(method, bits, side_dtype, options)
+    if on_bad_hessian not in ("error", "rtn"):
+        raise UsageError(f"on_bad_hessian wanted 'error' or 'rtn', got {on_bad_hessian!r}")
+    work = job.prepare_work(resume, force_new)
+    with io.disk_errors(work), io.FolderLock(work), _no_litter(work), job.clock.phase("total"):
+        job.emit("phase", f"reading {model}")
+        with job.clock.phase("open"):
+            source = resolve(model, revision=revision, trust_remote_code=trust_remote_code, work=work / "source")
+            causal = CausalModel(source, skip=skip)
+            ctx = window_length(ctx, causal.max_positions)
+            the_plan = plan_model(causal, algorithm, samples, ctx)
+            for warning in the_plan.warnings:
+                job.note(warning)
+            if os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"):
+                job.note("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set: on a GPU it makes products inexact; unset it")
+            tokens = _calibration(causal, str(calib), samples, ctx, seed) if algorithm.needs_hessian else None
+            identity = {
+                "octavo": octavo.__version__,
+                "method": algorithm.name,
+                "options": to_dict(algorithm),
+                "model": causal.fingerprint(),
+                "calibration": _token_identity(tokens) if tokens else None,
+                "seed": seed,
+                "skip": list(skip),
+                # Not on_bad_hessian: what is committed did not need it, and its error advises to resume with the other.
+            }
+            store = Store(work, identity)
+            if store.exists():
+                store.resume()
+                for note in [*store.notes, *(n for entry in store.state.blocks for n in entry["notes"])]:
+                    job.note(note)
+                if os.path.lexists(job.out) and len(store.state.blocks) < len(causal.blocks):
+                    raise UsageError(_exists(job.out))
+            else:
+                io.require_space(job.out.parent, the_plan.file_bytes + the_plan.work_bytes, "the job (output and work)")
+                _preflight(causal, the_plan)
+                store.create()
+        job.run_blocks(causal, algorithm, the_plan, store, tokens)
+        job.emit("phase", f"writing and verifying {job.out}")
+        with job.clock.phase("write"):
+            details = {
+                "bits": algorithm.bits,
+                "options": to_dict(algorithm),
+                "seed": seed,
+                "calibration": {"tokens": int(tokens.ids.numel()), "sha256": tokens.sha256} if tokens else None,
+                "source": source.name,
+            }
+            layouts = {m.module: m.layout for m in the_plan.matrices}
+            file_bytes = write_output(job.out, causal, layouts, store, algorithm.name, details)
+        if not keep_work:
+            store.remove()
+    return job.report(source.name, algorithm, the_plan, store, tokens, file_bytes)
+
+
+def _token_identity(tokens: Tokens) -> dict[str, Any]:
+    windows, ctx = tokens.ids.shape
+    return {"samples": windows, "ctx": ctx, "tokens": tokens.sha256}
+
+
+@contextmanager
+def _no_litter(work: Path) -> Iterator[None]:
+    """Take the work folder away again when a job fails before there is anything to resume."""
+    try:
+        yield
+    except BaseException:
+        if os.listdir(work) == ["LOCK"]:
+            shutil.rmtree(work)
+        raise
+
+
+def _exists(out: Path) -> str:
+    return (
+        f"{out} exists already. Octavo never overwrites: choose another output or remove it first. (If it is the "
+        f"finished output of an earlier run, as `octavo verify {out}` can tell, there is nothing to resume.)"
+    )
+
+
+def _calibration(causal: CausalModel, calib: str, samples: int, ctx: int, seed: int) -> Tokens:
+    text = read_text(calib)
+    return windows(causal.tokenizer(), text, ctx, samples, seed, limit=causal.max_positions, source=calib)
+
+
+def _preflight(causal: CausalModel, the_plan: Plan) -> None:
+    """Read every weight once before hours of work: finite, and inside the range of the stored dtypes."""
+    for matrix in the_plan.matrices:
+        largest = float(causal.weight(matrix.module).abs().max())
+        if matrix.layout.side_dtype == "float16" and largest > torch.finfo(torch.float16).max:
+            raise NumericalError(
+                f"{matrix.module}: weights up to {largest:.3g} do not fit float16 codebooks and scales; "
+                "use --side-dtype bfloat16."
+            )
+
+
+class _Job:
+    """State of one call of :func:`quantize` that is not in the store."""
+
+    def __init__(self, out: Path, progress: Progress, stop: Callable[[], bool], on_bad_hessian: str, seed: int) -> None:
+        self.out, self.progress, self.stop = out, progress, stop
+        self.on_bad_hessian, self.seed = on_bad_hessian, seed
+        self.clock = Clock()
+        self.notes: list[str] = []
+
+    def emit(self, kind: Any, message: str, **values: Any) -> None:
+        self.progress(Event(kind, message, **values))
+
+    def note(self, message: str) -> None:
+        """A warning, shown now and kept in the report."""
+        self.notes.append(message)
+        self.emit("note", message)
+
+    def prepare_work(self, resume: bool, force_new: bool) -> Path:
+        """Refuse to overwrite anything; returns the work folder, made if need be."""
+        out = self.out
+        work = out.with_name(out.name + ".work")
+        begun = (work / "CURRENT").exists()
+        # A job that was killed between its last two steps has its finished output beside its work folder.
+        if os.path.lexists(out) and not (begun and resume):
+            raise UsageError(_exists(out))
+        if not out.parent.is_dir():
+            raise UsageError(f"the folder {out.parent} for the output does not exist; create it first.")
+        if begun and not resume:
+            # Under the lock: another process may be at work in there.
+            with io.FolderLock(work):
+                if not force_new:
+                    raise UsageError(
+                        f"{work} holds an unfinished job. Repeat the command with --resume to continue it, or with "
+                        "--force-new to set it aside and start again."
+                    )
+                self.note(f"set the unfinished job aside as {set_aside(work).name}")
+        elif resume and not begun:
+            self.note(f"nothing to resume in {work.name}: starting from the beginning")
+        try:
+            with io.disk_errors(work):
+                work.mkdir(exist_ok=True)
+            strangers = sorted(path.name for path in work.iterdir() if path.name not in _OWN and path.name[0] != ".")
+        except OSError as error:
+            raise UsageError(
+                f"cannot create the work folder {work}: {os.strerror(error.errno or 0)}. Choose an output in a folder "
+                "that you may write to."
+            ) from error
+        if strangers:
+            raise UsageError(
+                f"{work}, where the job's state would go, holds files that are not Octavo's "
+                f"({', '.join(strangers[:3])}). Move it away or choose another output."
+            )
+        return work
+
+    # ---------------------------------------------------------------- blocks
+
+    def run_blocks(
+        self, causal: CausalModel, algorithm: Algorithm, the_plan: Plan, store: Store, tokens: Tokens | None
+    ) -> None:
+        """Quantize all blocks that the store does not have yet."""
+        blocks = len(causal.blocks)
+        done = len(store.state.blocks)
+        if done == blocks:
+            return
+        hidden, inputs = [], None
+        if tokens is not None:
+            self.emit("phase", f"calibrating on {tokens.ids.numel()} tokens")
+            with self.clock.phase("capture"):
+                batches = [(ids, None) for ids in tokens.ids.split(max(_BATCH_TOKENS // tokens.ids.shape[1], 1))]
+                inputs = causal.capture_inputs(batches)
+                hidden = inputs.hidden
+            if store.state.hidden:
+                stored = store.get_tensors(store.state.hidden)
+                # Copies of their own: matrix products of mapped, unaligned memory may round differently.
+                hidden = [stored[f"batch_{i}"].clone() for i in range(len(hidden))]
+        began, first = time.perf_counter(), done
+        for index in range(done, blocks):
+            start, noted = time.perf_counter(), len(self.notes)
+            layouts = {m.module: m.layout for m in the_plan.matrices if m.block == index}
+            with self.clock.phase("load"):
+                block = causal.load_block(index)
+            kwargs = [k[index] for k in inputs.kwargs] if inputs else []
+            mask = inputs.mask if inputs else []
+            weights, rows = self._quantize_block(causal, algorithm, index, block, layouts, hidden, kwargs, mask)
+            if tokens is not None and index + 1 < blocks:
+                with self.clock.phase("forward"):
+                    hidden = capture.forward(block, hidden, kwargs, causal.blocks[index])
+            causal.release_block(index)
+            with self.clock.phase("commit"):
+                tensors = {f"{name}.{key}": t for name, w in weights.items() for key, t in w.tensors.items()}
+                rows = [asdict(row) for row in rows]
+                entry = {"object": store.put_tensors(tensors), "matrices": rows, "notes": self.notes[noted:]}
+                last = tokens is None or index + 1 == blocks
+                states = None if last else store.put_tensors({f"batch_{i}": h for i, h in enumerate(hidden)})
+                store.commit_block(entry, states)
+            seconds = time.perf_counter() - start
+            eta = (time.perf_counter() - began) / (index + 1 - first) * (blocks - index - 1)
+            self.emit("block", causal.blocks[index], block=index, blocks=blocks, seconds=seconds, eta_seconds=eta)
+            if index + 1 < blocks and self.stop():
+                raise Interrupted(
+                    f"stopped after block {index + 1} of {blocks}, which is committed. Repeat the command with "
+                    "--resume to continue; the result will be the same as without the stop."
+                )
+
+    def _quantize_block(
+        self,
+        causal: CausalModel,
+        algorithm: Algorithm,
+        index: int,
+        block: nn.Module,
+        layouts: Mapping[str, Layout],
+        hidden: list[Tensor],
+        kwargs: list[Any],
+        mask: list[Tensor | None],
+    ) -> tuple[dict[str, VQWeight], list[MatrixReport]]:
+        """Quantize the matrices of a block and put their decoded values into it."""
+        prefix = causal.blocks[index] + "."
+        captured = None
+        if hidden:
+            with self.clock.phase("statistics"):
+                names = [name.removeprefix(prefix) for name in layouts]
+                captured = capture.collect(
+                    block,
+                    names,
+                    hidden,
+                    kwargs,
+                    mask,
+                    where=causal.blocks[index],
+                    allow_unused=self.on_bad_hessian == "rtn",
+                )
+        weights: dict[str, VQWeight] = {}
+        rows: list[MatrixReport] = []
+        hessians: dict[int, Tensor | None] = {}
+        for name in layouts:
+            start = time.perf_counter()
+            hessian = None
+            if captured is not None:
+                accumulator = captured.hessians[name.removeprefix(prefix)]
+                # q/k/v (and gate/up) share an accumulator: one matrix for all of them, one check.
+                if id(accumulator) not in hessians:
+                    hessians = {id(accumulator): self._usable(accumulator, name)}
+                hessian = hessians[id(accumulator)]
+            original, bias = causal.weight(name), causal.bias(name)
+            with self.clock.phase("quantize"):
+                weight = algorithm.quantize(
+                    original,
+                    layout=layouts[name],
+                    hessian=hessian,
+                    generator=generator(self.seed, name),
+                    bias=bias,
+                    name=name,
+                )
+            with self.clock.phase("decode"):
+                decoded = weight.dequantize()
+                if not bool(torch.isfinite(decoded).all()):
+                    raise NumericalError(
+                        f"{name}: the quantized weight decodes to NaN or infinity. This is a bug; please report it."
+                    )
+                error = proxy_loss(original, decoded, hessian) if hessian is not None else None
+                causal.set_weight(block, name, decoded, weight.bias)
+            seconds = time.perf_counter() - start
+            rows.append(
+                MatrixReport(
+                    name, weight.layout.shape, weight.layout.nominal_bits, weight.bits_per_weight, error, seconds
+                )
+            )
+            weights[name] = weight
+            self.emit(
+                "matrix", name, block=index, module=name, bits=weight.bits_per_weight, error=error, seconds=seconds
+            )
+        return weights, rows
+
+    def _usable(self, accumulator: Any, name: str) -> Tensor | None:
+        """The Hessian, or None where ``on_bad_hessian`` allows to go on without."""
+        if accumulator.bad_tokens:
+            self.note(f"{name}: left out {accumulator.bad_tokens} non-finite calibration rows")
+        try:
+            accumulator.check(name)
+        except NumericalError as error:
+            if self.on_bad_hessian == "error":
+                raise
+            self.note(f"{name}: quantized without statistics ({error})")
+            return None
+        if accumulator.tokens == 0:
+            self.note(f"{name}: no calibration token reached it; quantized without statistics")
+            return None
+        return accumulator.matrix()
+
+    # ---------------------------------------------------------------- report
+
+    def report(
+        self, model: str, algorithm: Algorithm, the_plan: Plan, store: Store, tokens: Tokens | None, file_bytes: int
+    ) -> Report:
+        """Everything that is known at the end, including blocks of earlier, interrupted runs."""
+        stored = [row for entry in store.state.blocks for row in entry["matrices"]]
+        rows = [MatrixReport(**row | {"shape": tuple(row["shape"])}) for row in stored]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        phases = dict(self.clock.seconds)
+        return Report(
+            model=model,
+            output=str(self.out),
+            method=algorithm.name,
+            bits_per_weight=the_plan.bits_per_weight,
+            file_bytes=file_bytes,
+            seconds=phases.pop("total"),
+            phases=phases,
+            peak_bytes=peak,
+            tokens=int(tokens.ids.numel()) if tokens else 0,
+            token_hash=tokens.sha256 if tokens else None,
+            matrices=tuple(rows),
+            notes=tuple(self.notes),
+        )

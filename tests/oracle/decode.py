@@ -1,0 +1,105 @@
+"""A second, textbook decoder of VQ matrices: one element at a time, Python integers and float64, no torch.
+
+It is written from the description of the layout alone and shares no code with the package.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+#: name -> (dtype name, shape, little-endian bytes)
+Raw = Mapping[str, tuple[str, tuple[int, ...], bytes]]
+_NUMPY = {"float16": "<f2", "float32": "<f4", "int8": "<i1", "int16": "<i2", "int32": "<i4"}
+
+
+def numbers(dtype: str, shape: tuple[int, ...], data: bytes) -> np.ndarray:
+    """Raw bytes as an array of float64 or int64."""
+    if dtype == "bfloat16":
+        halves = np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16
+        return halves.view(np.float32).astype(np.float64).reshape(shape)
+    array = np.frombuffer(data, dtype=_NUMPY[dtype]).reshape(shape)
+    return array.astype(np.float64 if dtype.startswith("float") else np.int64)
+
+
+class BitRows:
+    """Rows of a packed index tensor as big integers, so that any element is one shift away."""
+
+    def __init__(self, shape: tuple[int, ...], data: bytes) -> None:
+        width = shape[1] * 4
+        self._rows = [int.from_bytes(data[r * width : (r + 1) * width], "little") for r in range(shape[0])]
+
+    def get(self, row: int, column: int, bits: int) -> int:
+        return (self._rows[row] >> (column * bits)) & ((1 << bits) - 1)
+
+
+def decode(layout: Mapping[str, Any], raw: Raw) -> np.ndarray:
+    """The dense matrix [out_features, in_features] in float64.
+
+    Args:
+        layout: the JSON form of a layout; absent keys have their default.
+        raw: every stored tensor.
+    """
+    out, inp = layout["shape"]
+    v, stages = layout["vector_length"], layout["stages"]
+    by_column = layout.get("direction", "column") == "column"
+    signs, tile = layout.get("sign_bits", False), layout.get("tile")
+    block, outliers = layout.get("block_scale"), layout.get("outliers") or {}
+    kind = layout.get("codebook_dtype", "float16")
+    leading = outliers.get("columns", 0)
+    width = sum(stages) + (v if signs else 0)
+    value = {name: numbers(*entry) for name, entry in raw.items() if entry[0] != "int32"}
+    stream = {
+        name: BitRows(entry[1], entry[2]) for name, entry in raw.items() if entry[0] == "int32" and len(entry[1]) == 2
+    }
+
+    def main_element(row: int, column: int) -> float:
+        place = (row // v, column) if by_column else (row, column // v)
+        inside = row % v if by_column else column % v
+        code = stream["indices"].get(*place, width)
+        book = 0
+        if tile:
+            across = -(-(inp - leading) // tile[1])
+            book = (row // tile[0]) * across + column // tile[1]
+        total = 0.0
+        for stage, bits in enumerate(stages):
+            index = code & ((1 << bits) - 1)
+            code >>= bits
+            if kind == "grid":
+                total += index
+            else:
+                scale = value[f"codebook_scale_{stage}"][book] if kind == "int8" else 1.0
+                total += value[f"codebook_{stage}"][book, index, inside] * scale
+        if signs and code >> inside & 1:
+            total = -total
+        if block:
+            number = column // block["columns"]
+            zero_bits = block.get("zero_bits", 0)
+            if zero_bits:
+                total -= stream["block_zero"].get(row, number, zero_bits)
+            total *= value["block_scale"][row, number]
+        return total
+
+    def outlier_element(row: int, column: int) -> float:
+        length = outliers["vector_length"]
+        index = stream["outlier_indices"].get(row // length, column, outliers["bits"])
+        return value["outlier_codebook"][index, row % length]
+
+    order = list(range(inp))
+    if layout.get("permuted", False):
+        dtype, _, data = raw["permutation"]
+        order = list(struct.unpack(f"<{inp}{'H' if dtype == 'int16' else 'i'}", data))
+    norm = layout.get("channel_norm", "none")
+    dense = np.zeros((out, inp))
+    for row in range(out):
+        for place in range(inp):
+            element = outlier_element(row, place) if place < leading else main_element(row, place - leading)
+            column = order[place]
+            if norm != "none":
+                channel = column if norm == "input" else row
+                element = element * value["channel_scale"][channel] + value["channel_offset"][channel]
+            dense[row, column] = element
+    return dense

@@ -1,0 +1,242 @@
+"""Hessian accumulation, damping, factorisation and the proxy loss."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from octavo._core.errors import NumericalError
+from octavo.math.hessian import (
+    DAMPING_LADDER,
+    HessianAccumulator,
+    check_finite,
+    dead_columns,
+    exact_float32,
+    factorize,
+    proxy_loss,
+)
+from oracle import feedback as oracle
+from oracle.matrices import activations, families, family, normal_weight, second_moment
+
+_USABLE = [name for name in families() if family(name).hessian.shape[0] > 1]
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.from_numpy(activations(np.random.default_rng(1), 48, 500)).float()
+
+
+def _inverse_from_factor(hessian: np.ndarray) -> tuple[np.ndarray, float]:
+    factor = factorize(torch.from_numpy(hessian))
+    upper = factor.feedback.double() * factor.variance.double().sqrt().unsqueeze(1)
+    return (upper.T @ upper).numpy(), factor.damping
+
+
+# ---------------------------------------------------------------- accumulation
+
+
+def test_chunks_of_any_size_add_up_to_the_mean_outer_product(x: Tensor) -> None:
+    wanted = x.double().T @ x.double() / 500
+    for sizes in ([500], [1] * 500, [3, 450, 0, 47]):
+        accumulator = HessianAccumulator(48)
+        for part in x.split(sizes):
+            accumulator.add(part)
+        assert (accumulator.tokens, accumulator.bad_tokens) == (500, 0)
+        torch.testing.assert_close(accumulator.matrix().double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_half_precision_inputs_are_summed_in_float32(x: Tensor, dtype: torch.dtype) -> None:
+    rounded = x.to(dtype)
+    accumulator = HessianAccumulator(48)
+    for part in rounded.split(50):
+        accumulator.add(part)
+    assert accumulator.matrix().dtype == torch.float32
+    exact = rounded.double()
+    torch.testing.assert_close(accumulator.matrix().double(), exact.T @ exact / 500, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_with_nan_or_infinity_are_left_out_and_counted(x: Tensor) -> None:
+    bad = x.clone()
+    bad[3, 0], bad[40, 5], bad[40, 6], bad[99, 47] = torch.nan, torch.inf, -torch.inf, -torch.inf
+    keep = torch.ones(500, dtype=torch.bool)
+    keep[[3, 40, 99]] = False
+    accumulator, clean = HessianAccumulator(48), HessianAccumulator(48)
+    accumulator.add(bad)
+    clean.add(x[keep])
+    assert (accumulator.tokens, accumulator.bad_tokens) == (497, 3)
+    torch.testing.assert_close(accumulator.matrix(), clean.matrix())
+    accumulator.check("layer")
+
+
+def test_finite_rows_whose_sum_overflows_are_kept() -> None:
+    rows = torch.full((2, 4), 3e38)
+    accumulator = HessianAccumulator(4)
+    accumulator.add(rows * torch.tensor([[1e-20], [1.0]]))
+    assert accumulator.bad_tokens == 0
+    assert accumulator.tokens == 2
+
+
+def test_more_than_a_tenth_of_bad_rows_is_refused_with_module_and_counts(x: Tensor) -> None:
+    bad = x.clone()
+    bad[:51] = torch.nan
+    accumulator = HessianAccumulator(48)
+    accumulator.add(bad)
+    with pytest.raises(NumericalError, match=r"model\.layers\.3\.mlp: 51 of 500 calibration rows are NaN or infinite"):
+        accumulator.check("model.layers.3.mlp")
+
+
+def test_a_sum_that_overflows_float32_is_refused() -> None:
+    accumulator = HessianAccumulator(2)
+    accumulator.add(torch.tensor([[1e30, 1.0]]))
+    with pytest.raises(NumericalError, match=r"block: the Hessian holds 0 NaN and 1 infinite entries of 4"):
+        accumulator.check("block")
+
+
+def test_no_tokens_give_zeros_not_nan() -> None:
+    accumulator = HessianAccumulator(5)
+    accumulator.check("expert")
+    assert torch.equal(accumulator.matrix(), torch.zeros(5, 5))
+
+
+def test_the_tf32_setting_is_restored_even_after_an_error() -> None:
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    try:
+        for wanted in ("tf32", "ieee"):
+            settings.fp32_precision = wanted
+            with pytest.raises(ZeroDivisionError), exact_float32():
+                assert settings.fp32_precision == "ieee"
+                raise ZeroDivisionError
+            HessianAccumulator(3).add(torch.ones(2, 3))
+            proxy_loss(torch.ones(2, 3), torch.zeros(2, 3), torch.eye(3))
+            assert settings.fp32_precision == wanted
+    finally:
+        settings.fp32_precision = before
+
+
+# ---------------------------------------------------------------- factorisation
+
+
+@pytest.mark.parametrize("name", _USABLE)
+def test_the_factor_squares_to_the_inverse_of_the_damped_hessian(name: str) -> None:
+    hessian = family(name).hessian
+    got, damping = _inverse_from_factor(hessian)
+    assert damping == DAMPING_LADDER[0]
+    damped = oracle.damped(hessian, damping)
+    wanted = np.linalg.inv(damped)
+    # In units of sqrt(Hinv_ii Hinv_jj) the damped matrix has the condition number that bounds the loss of digits.
+    size = np.sqrt(np.outer(np.diag(wanted), np.diag(wanted)))
+    error = np.abs((got - wanted) / size).max()
+    assert error <= 1e-6 + 1e-7 * np.linalg.cond(damped * size), f"{error:.2e}"
+
+
+def test_the_feedback_factor_is_unit_upper_triangular_with_positive_variances() -> None:
+    factor = factorize(torch.from_numpy(family("few_tokens").hessian))
+    assert torch.equal(factor.feedback, factor.feedback.triu())
+    assert torch.equal(torch.diagonal(factor.feedback), torch.ones(factor.feedback.shape[0]))
+    assert bool((factor.variance > 0).all())
+
+
+def test_variance_is_the_inverse_weight_of_a_columns_error() -> None:
+    hessian = family("well_conditioned").hessian
+    damped = oracle.damped(hessian)
+    factor = factorize(torch.from_numpy(hessian))
+    # 1 / U_jj^2 is what an error in column j costs once the columns after it have absorbed what they can:
+    # the Schur complement H_jj - H_jF H_FF^-1 H_Fj.
+    for j in (0, 100, 254, 255):
+        rest = slice(j + 1, None)
+        absorbed = damped[j, rest] @ np.linalg.solve(damped[rest, rest], damped[rest, j]) if j < 255 else 0.0
+        assert 1 / float(factor.variance[j]) == pytest.approx(damped[j, j] - absorbed, rel=1e-4)
+
+
+def test_powers_of_two_in_the_hessian_do_not_change_the_feedback() -> None:
+    hessian = torch.from_numpy(family("dead_columns").hessian)
+    plain = factorize(hessian)
+    for scale in (2.0**-60, 2.0**40):
+        scaled = factorize(hessian * scale)
+        assert torch.equal(scaled.feedback, plain.feedback)
+        torch.testing.assert_close(scaled.variance * scale, plain.variance)
+
+
+def test_an_asymmetric_hessian_counts_as_its_symmetric_part() -> None:
+    hessian = torch.from_numpy(family("well_conditioned").hessian)
+    skew = torch.randn(hessian.shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+    crooked = factorize(hessian + (skew - skew.T))
+    torch.testing.assert_close(crooked.feedback, factorize(hessian).feedback, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("lowest", "taken"), [(-0.005, 0.01), (-0.02, 0.03), (-0.2, 0.3), (-0.7, 1.0)])
+def test_the_ladder_climbs_just_as_far_as_an_indefinite_hessian_needs(lowest: float, taken: float) -> None:
+    basis, _ = np.linalg.qr(np.random.default_rng(3).normal(size=(40, 40)))
+    values = np.ones(40)
+    values[0] = lowest
+    values[1:] = (40 - lowest) / 39
+    hessian = torch.from_numpy((basis * values) @ basis.T).float()
+    assert factorize(hessian, "layer").damping == pytest.approx(taken)
+
+
+def test_the_damping_asked_for_is_the_first_one_tried() -> None:
+    hessian = torch.from_numpy(family("well_conditioned").hessian)
+    assert factorize(hessian, damping=0.2).damping == 0.2
+    assert factorize(hessian, damping=1e-4).damping == 1e-4
+    indefinite = hessian - 0.25 * hessian.diagonal().mean() * torch.eye(256)
+    assert factorize(indefinite, damping=0.2).damping == 0.3
+
+
+def test_failure_at_full_damping_names_the_module_and_what_to_do() -> None:
+    hessian = torch.eye(4)
+    hessian[0, 1] = hessian[1, 0] = 50.0
+    with pytest.raises(NumericalError, match=r"q_proj: Cholesky .* damping 1\.0 .*on-bad-hessian rtn"):
+        factorize(hessian, "q_proj")
+
+
+def test_nan_and_infinity_are_counted_before_any_factorisation() -> None:
+    hessian = torch.eye(10)
+    hessian[2, 3] = hessian[3, 2] = torch.nan
+    hessian[5, 5] = torch.inf
+    for call in (lambda: factorize(hessian, "blocks.7.fc"), lambda: check_finite(hessian, "blocks.7.fc")):
+        with pytest.raises(NumericalError, match=r"blocks\.7\.fc: the Hessian holds 2 NaN and 1 infinite .* of 100"):
+            call()
+
+
+@pytest.mark.parametrize("diagonal", [0.0, -1.0])
+def test_an_empty_diagonal_is_missing_calibration_data_not_too_little_damping(diagonal: float) -> None:
+    with pytest.raises(NumericalError, match=r"expert\.4: .*no calibration data.*More damping cannot help"):
+        factorize(torch.eye(6) * diagonal, "expert.4")
+
+
+def test_dead_columns_are_found_and_neither_get_nor_give_feedback() -> None:
+    hessian = torch.from_numpy(family("dead_columns").hessian)
+    dead = dead_columns(hessian)
+    assert torch.equal(dead, hessian.diagonal() == 0)
+    assert int(dead.sum()) == 256 // 5
+    factor = factorize(hessian)
+    off = factor.feedback - torch.eye(256)
+    assert not bool(off[dead].any())
+    assert not bool(off[:, dead].any())
+    diagonal = hessian.diagonal()
+    alive = factorize(hessian[~dead][:, ~dead], damping=0.01 * float(diagonal.mean() / diagonal[~dead].mean()))
+    torch.testing.assert_close(factor.feedback[~dead][:, ~dead], alive.feedback, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- proxy loss
+
+
+def test_the_proxy_loss_is_the_relative_output_error_on_the_calibration_inputs() -> None:
+    rng = np.random.default_rng(5)
+    x, weight = activations(rng, 32, 300), normal_weight(rng, 20, 32)
+    quantized = weight + rng.normal(size=weight.shape).astype(np.float32) * 0.01
+    got = proxy_loss(*(torch.from_numpy(a) for a in (weight, quantized, second_moment(x))))
+    wanted = np.square(x @ (weight - quantized).T).sum() / np.square(x @ weight.T).sum()
+    assert got == pytest.approx(wanted, rel=1e-4)
+    assert got == pytest.approx(oracle.proxy_loss(weight, quantized, second_moment(x)), rel=1e-4)
+
+
+def test_the_proxy_loss_is_0_without_error_1_for_zeros_and_defined_for_zero_weights() -> None:
+    weight, hessian = torch.ones(2, 3), torch.eye(3)
+    assert proxy_loss(weight, weight, hessian) == 0.0
+    assert proxy_loss(weight, torch.zeros(2, 3), hessian) == 1.0
+    assert proxy_loss(torch.zeros(2, 3), torch.zeros(2, 3), hessian) == 0.0
