@@ -51,11 +51,14 @@ def allocate(candidates: Sequence[Sequence[Layout]], bits: float) -> list[Layout
     over is spent on matrices in order, on the choice they make at the next lower price. If even the smallest candidates
     exceed the budget (tiny matrices), those are returned; the plan shows it.
     """
-    tables = [[(_error(layout), layout.bits(), layout) for layout in options] for options in candidates]
+    # Matrices of one shape share their list of candidates; each list is rated once.
+    kinds = {id(options): [(_error(x), x.bits(), x) for x in options] for options in candidates}
+    tables = [kinds[id(options)] for options in candidates]
     budget = bits * sum(options[0].weights for options in candidates)
 
     def choose(price: float) -> list[Layout]:
-        return [min(table, key=lambda row: (row[0] + price * row[1], row[1]))[2] for table in tables]
+        best = {kind: min(t, key=lambda row: (row[0] + price * row[1], row[1]))[2] for kind, t in kinds.items()}
+        return [best[id(options)] for options in candidates]
 
     def size(layouts: Sequence[Layout]) -> int:
         return sum(layout.bits() for layout in layouts)
