@@ -35,6 +35,9 @@ def command(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest.")] = 0.7,
     top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1.0, help="Nucleus of the sampling.")] = 0.95,
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", min=1.0, help="Above 1, tokens that were said become less likely.")
+    ] = 1.05,
     seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
     dtype: DtypeOption = None,
     decode: options.DecodeOption = options.Decode.auto,
@@ -58,7 +61,7 @@ def command(
         quiet_libraries()
         loaded, tokenizer = load(model, *placement(device, dtype), decode.value, trust_remote_code=trust_remote_code)
         torch.manual_seed(seed)
-        talk = Conversation(loaded, tokenizer, system, max_new_tokens, temperature, top_p)
+        talk = Conversation(loaded, tokenizer, system, max_new_tokens, temperature, top_p, repetition_penalty)
         turns: list[dict[str, Any]] = []
         for line in [prompt] if prompt is not None else _lines(output):
             turns.append(talk.answer(line, stream=not quiet or not as_json))
@@ -89,7 +92,14 @@ class Conversation:
     """A model, the turns so far, and how to sample the next one."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, system: str | None, max_new_tokens: int, temperature: float, top_p: float
+        self,
+        model: Any,
+        tokenizer: Any,
+        system: str | None,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        repetition_penalty: float,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._has_template = bool(tokenizer.chat_template)
@@ -98,9 +108,9 @@ class Conversation:
         self._messages = [{"role": "system", "content": system}] if system is not None else []
         self._first = len(self._messages)
         self._max_new_tokens = max_new_tokens
-        self._sampling: dict[str, Any] = {"do_sample": False}
+        self._sampling: dict[str, Any] = {"do_sample": False, "repetition_penalty": repetition_penalty}
         if temperature > 0:
-            self._sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+            self._sampling |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 
     def answer(self, text: str, stream: bool = True) -> dict[str, Any]:
         """Answer ``text``, printing tokens as they come if ``stream``.
