@@ -33,7 +33,14 @@ def machine() -> dict[str, Any]:
     """What the timings belong to."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
     info = octavo("doctor")
+    info.pop("executable")
     return {"commit": commit, "platform": platform.platform(), "processor": _cpu(), "doctor": info}
+
+
+def _portable(argument: str) -> str:
+    """An argument without this machine's folders: ``benchmarks/fetch.py data ..`` puts everything below ``data``."""
+    parts = argument.split(",")
+    return ",".join("/".join(["data", *Path(p).parts[-2:]]) if p.startswith("/") else p for p in parts)
 
 
 def _cpu() -> str:
@@ -118,7 +125,7 @@ def main() -> None:
         result[key] = Path(result[key]).name
     table = markdown(rows)
     document = {
-        "command": " ".join(["python", "benchmarks/quality/table.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "benchmarks/quality/table.py", *map(_portable, sys.argv[1:])]),
         "model": Path(arguments.model).name,
         "calibration": {"samples": arguments.samples, "ctx": arguments.ctx},
         **result,

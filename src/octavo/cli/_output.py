@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -207,7 +208,9 @@ def use_threads(count: int | None) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' own progress bars out of ours."""
+    """Keep the progress bars of transformers, and of what it uses, out of ours."""
+    # Read once, when tqdm is first imported: the GGUF converter has no other switch.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging
 
     logging.set_verbosity_error()
