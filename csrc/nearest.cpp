@@ -19,16 +19,6 @@ constexpr int64_t kPieceMultiple = 64;  // no block of points straddles two piec
 // Floats of scratch that small books find on the stack instead of the heap.
 constexpr int64_t kStackFloats = 2048;
 
-Kernel select_kernel(int isa, int v) {
-    switch (isa) {
-#if defined(OCTAVO_X86)
-        case OCTAVO_ISA_AVX512: return nearest_avx512(v);
-        case OCTAVO_ISA_AVX2: return nearest_avx2(v);
-#endif
-        default: return nearest_baseline(v);
-    }
-}
-
 // A book far from the origin for its size loses digits in |c|^2 / 2 - x.c. Distances do not change when points and
 // centroids move together, so such a book is moved to the origin. Others stay: their ties then stay exact.
 bool far_from_origin(const float* book, int64_t k, int v, float* mean) {
@@ -48,7 +38,19 @@ bool far_from_origin(const float* book, int64_t k, int v, float* mean) {
     return offset > 16.0 * spread && offset <= 1e30;
 }
 
-void prepare_expanded(Search& s, int v, float* scratch) {
+}  // namespace
+
+Kernel nearest_kernel(int isa, int v) {
+    switch (isa) {
+#if defined(OCTAVO_X86)
+        case OCTAVO_ISA_AVX512: return nearest_avx512(v);
+        case OCTAVO_ISA_AVX2: return nearest_avx2(v);
+#endif
+        default: return nearest_baseline(v);
+    }
+}
+
+void prepare(Search& s, int v, float* scratch) {
     float* norms = scratch;
     float mean[kMaxVector];
     if (far_from_origin(s.book, s.k, v, mean)) {
@@ -66,7 +68,6 @@ void prepare_expanded(Search& s, int v, float* scratch) {
     s.half_norms = norms;
 }
 
-}  // namespace
 }  // namespace octavo
 
 extern "C" int octavo_nearest(const float* points, const float* weights, int64_t n, const float* book, int64_t k,
@@ -80,11 +81,11 @@ extern "C" int octavo_nearest(const float* points, const float* weights, int64_t
         float stack[kStackFloats];
         std::unique_ptr<float[]> heap;
         if (weights == nullptr && v > kDirectVector) {
-            const int64_t needed = k * (v + 1);
+            const int64_t needed = prepare_floats(k, v);
             if (needed > kStackFloats) heap.reset(new float[static_cast<size_t>(needed)]);
-            prepare_expanded(search, v, heap ? heap.get() : stack);
+            prepare(search, v, heap ? heap.get() : stack);
         }
-        const Kernel kernel = select_kernel(isa, v);
+        const Kernel kernel = nearest_kernel(isa, v);
         const int64_t per_point = k * (v * (weights != nullptr ? 2 : 1) + 3);
         const int64_t grain = std::max(kPieceOperations / per_point / kPieceMultiple, int64_t{1}) * kPieceMultiple;
         parallel_for(n, grain, threads, [&](int64_t first, int64_t last) { kernel(search, first, last); });

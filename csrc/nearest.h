@@ -28,4 +28,13 @@ Kernel nearest_baseline(int v);
 Kernel nearest_avx2(int v);
 Kernel nearest_avx512(int v);
 
+// The kernel of an instruction set, one of OCTAVO_ISA_* that this build and processor have.
+Kernel nearest_kernel(int isa, int v);
+
+// Floats of scratch that prepare() may use.
+inline int64_t prepare_floats(int64_t k, int v) { return k * (v + 1); }
+
+// Fills in half_norms and shift of a search with unweighted vectors longer than kDirectVector.
+void prepare(Search& s, int v, float* scratch);
+
 }  // namespace octavo

@@ -14,7 +14,7 @@
 #endif
 
 /* Changes whenever a signature below does; the Python side refuses any other number. */
-#define OCTAVO_ABI 1
+#define OCTAVO_ABI 2
 
 #define OCTAVO_OK 0
 #define OCTAVO_BAD_ARGUMENT 1
@@ -44,6 +44,28 @@ OCTAVO_API int octavo_isa(void);
  */
 OCTAVO_API int octavo_nearest(const float* points, const float* weights, int64_t n, const float* book, int64_t k,
                               int32_t v, int64_t* out, int32_t threads, int32_t isa);
+
+/* Nearest centroids where every tile_rows consecutive points have a codebook of their own:
+ * out[i] = argmin_c |(points[i] - books[i / tile_rows][c]) root|^2.
+ *
+ * points [n][v], books [ceil(n / tile_rows)][k][v], root [v][v] (row vectors times root) or NULL for the identity.
+ */
+OCTAVO_API int octavo_nearest_tiles(const float* points, int64_t n, int64_t tile_rows, const float* books, int64_t k,
+                                    int32_t v, const float* root, int64_t* out, int32_t threads, int32_t isa);
+
+/* Generalised Lloyd for many codebooks at once. Rows [n] of `vectors` vectors each; tile t, the rows
+ * [t * tile_rows, ..), fits centroids[t] to minimise sum_i sum_c weights[i][c] |(points[i][c] - q) roots[c]|^2.
+ *
+ * points [n][vectors][v]; weights [n][vectors] >= 0 or NULL; roots [vectors][v][v], not singular, or NULL;
+ * centroids [tiles][k][v]: the start, replaced by the result; with uniforms [tiles][k], numbers in [0, 1), the start is
+ * drawn by D^2 sampling instead. Empty clusters move onto the worst-served vectors. A tile stops after `iterations`
+ * steps or when a step lowers its error by less than the share `tolerance`. errors [tiles] receives the last errors.
+ * The result does not depend on `threads`.
+ */
+OCTAVO_API int octavo_fit_tiles(const float* points, const float* weights, const float* roots, int64_t n,
+                                int64_t vectors, int32_t v, int64_t tile_rows, int64_t k, float* centroids,
+                                const double* uniforms, int32_t iterations, double tolerance, double* errors,
+                                int32_t threads, int32_t isa);
 
 /* codes [rows][count], each below 2^width, to bit streams words [rows][ceil(count * width / 32)]; 1 <= width <= 32.
  * OCTAVO_OUT_OF_RANGE: a code does not fit; the contents of words are then unspecified.

@@ -3,6 +3,9 @@
 Each setting runs as a process of its own through the command line, so that its seconds and its peak memory are its own.
 
     python benchmarks/quality/table.py MODEL --calib FILE --text FILE --out RESULT.json [--rows rtn:4 vptq:2.25 ..]
+
+A row is METHOD:BITS, then options of the method (``norm=false``) or of ``octavo quantize`` (``--seed=1``), each after a
+colon. The method ``gptvq_released`` is the baseline of ``released.py``.
 """
 
 from __future__ import annotations
@@ -17,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 ROWS = ("rtn:4", "gptq:4", "vptq:4", "gptq:3", "vptq:3.3", "vptq:3", "gptq:2", "vptq:2.28", "vptq:2.25", "vptq:2")
+RELEASED = Path(__file__).with_name("released.py")
 
 
-def octavo(*arguments: str) -> dict[str, Any]:
+def octavo(*arguments: str, program: tuple[str, ...] = ("-m", "octavo.cli")) -> dict[str, Any]:
     """Run one command with --json; its progress goes to our stderr."""
-    result = subprocess.run(
-        [sys.executable, "-m", "octavo.cli", *arguments, "--json"], check=False, stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, *program, *arguments, "--json"]
+    result = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     if result.returncode:
         raise SystemExit(f"octavo {' '.join(arguments)} failed with exit code {result.returncode}")
     return json.loads(result.stdout)
@@ -37,7 +40,7 @@ def machine() -> dict[str, Any]:
     return {"commit": commit, "platform": platform.platform(), "processor": _cpu(), "doctor": info}
 
 
-def _portable(argument: str) -> str:
+def portable(argument: str) -> str:
     """An argument without this machine's folders: ``benchmarks/fetch.py data ..`` puts everything below ``data``."""
     parts = argument.split(",")
     return ",".join("/".join(["data", *Path(p).parts[-2:]]) if p.startswith("/") else p for p in parts)
@@ -54,13 +57,15 @@ def _cpu() -> str:
 def quantize(model: str, row: str, calib: str, samples: int, ctx: int, work: Path) -> tuple[str, dict[str, Any]]:
     """One row such as ``vptq:2.25`` or ``vptq:2.25:norm=false``; a folder that exists is taken as it is."""
     method, bits, *settings = row.split(":")
+    program = (str(RELEASED),) if method == "gptvq_released" else ("-m", "octavo.cli")
     out = work / row.replace(":", "_").replace("=", "-")
     record = work / f"{out.name}.json"
     if not out.exists():
-        extra = [argument for setting in settings for argument in ("--set", setting)]
+        extra = [a for s in settings for a in ((s,) if s.startswith("--") else ("--set", s))]
         report = octavo(
             *("quantize", model, str(out), "--method", method, "--bits", bits, "--calib", calib),
             *("--samples", str(samples), "--ctx", str(ctx), "--resume", *extra),
+            program=program,
         )
         record.write_text(json.dumps(report))
     return str(out), json.loads(record.read_text())
@@ -125,7 +130,7 @@ def main() -> None:
         result[key] = Path(result[key]).name
     table = markdown(rows)
     document = {
-        "command": " ".join(["python", "benchmarks/quality/table.py", *map(_portable, sys.argv[1:])]),
+        "command": " ".join(["python", "benchmarks/quality/table.py", *map(portable, sys.argv[1:])]),
         "model": Path(arguments.model).name,
         "calibration": {"samples": arguments.samples, "ctx": arguments.ctx},
         **result,

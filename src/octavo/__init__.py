@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from octavo._core import errors
     from octavo.integrations.api import compare, evaluate
     from octavo.integrations.transformers import load
+    from octavo.layout import Layout
     from octavo.pipeline import plan, quantize
-    from octavo.weight import Layout, VQWeight
+    from octavo.pipeline.tune import tune
+    from octavo.weight import VQWeight
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,16 +33,18 @@ __all__ = [
     "load",
     "plan",
     "quantize",
+    "tune",
 ]
 
 _WHERE = {
-    "Layout": "octavo.weight",
+    "Layout": "octavo.layout",
     "VQWeight": "octavo.weight",
     "compare": "octavo.integrations.api",
     "evaluate": "octavo.integrations.api",
     "load": "octavo.integrations.transformers",
     "plan": "octavo.pipeline",
     "quantize": "octavo.pipeline",
+    "tune": "octavo.pipeline.tune",
 }
 _MODULES = {"algorithms": "octavo.algorithms", "errors": "octavo._core.errors"}
 

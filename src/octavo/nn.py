@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_map
 from octavo._core.clib import SlowPathWarning
 from octavo._core.errors import UsageError
 from octavo.kernels import select
-from octavo.weight import Layout, VQWeight
+from octavo.layout import Layout
+from octavo.weight import VQWeight
 
 
 @cache

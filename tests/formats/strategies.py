@@ -8,7 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from octavo.weight import BlockScale, Layout, Outliers, VQWeight
+from octavo.layout import BlockScale, Layout, Outliers
+from octavo.weight import VQWeight
 
 FLOATS = ("float16", "bfloat16", "float32")
 
@@ -17,10 +18,11 @@ FLOATS = ("float16", "bfloat16", "float32")
 def layouts(draw: st.DrawFn, max_features: int = 40) -> Layout:
     """Any legal layout of a small matrix, odd sizes and vectors longer than the matrix included."""
     out, inp = (draw(st.integers(1, max_features)) for _ in range(2))
-    book = draw(st.sampled_from((*FLOATS, "int8", "grid")))
+    book = draw(st.sampled_from((*FLOATS, "int8", "int4", "grid")))
     grid = book == "grid"
     v = 1 if grid else draw(st.integers(1, 16))
     stages = (draw(st.integers(1, 10)),) if grid else tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
+    rank = draw(st.integers(0, 4)) if book not in ("grid", "int4") and len(stages) == 1 else 0
     signs = not grid and sum(stages) + v <= 32 and draw(st.booleans())
     direction = draw(st.sampled_from(("row", "column")))
     outliers = None
@@ -32,7 +34,10 @@ def layouts(draw: st.DrawFn, max_features: int = 40) -> Layout:
         along = 0 if direction == "column" else 1
         sizes[along] = v * draw(st.integers(1, 4))
         tile = (sizes[0], sizes[1])
-    block = BlockScale(draw(st.integers(1, inp)), draw(st.integers(0, 16))) if draw(st.booleans()) else None
+    block = None
+    if draw(st.booleans()):
+        log2_bits = draw(st.one_of(st.just(0), st.integers(1, 8)))
+        block = BlockScale(draw(st.integers(1, inp)), draw(st.integers(0, 16)), log2_bits)
     return Layout(
         shape=(out, inp),
         vector_length=v,
@@ -47,6 +52,7 @@ def layouts(draw: st.DrawFn, max_features: int = 40) -> Layout:
         permuted=draw(st.booleans()),
         outliers=outliers,
         bias=draw(st.booleans()),
+        codebook_rank=rank,
     )
 
 
@@ -58,7 +64,9 @@ def random_weight(layout: Layout, seed: int = 0, scale: float = 1.0) -> VQWeight
         if name == "permutation":
             tensors[name] = torch.randperm(shape[0], generator=generator).to(torch.int32).to(dtype)
         elif dtype.is_floating_point:
-            tensors[name] = (torch.randn(shape, generator=generator) * scale).to(dtype)
+            # The largest code takes a step so many times: 2^(low + step * code) must stay an ordinary number.
+            steps = 1 << layout.block_scale.log2_bits if name == "block_scale_step" and layout.block_scale else 1
+            tensors[name] = (torch.randn(shape, generator=generator) * scale / steps).to(dtype)
         else:
             info = torch.iinfo(dtype)
             tensors[name] = torch.randint(info.min, info.max + 1, shape, generator=generator).to(dtype)

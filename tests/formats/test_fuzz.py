@@ -1,4 +1,4 @@
-"""Two thousand damaged copies of the golden checkpoint: an OctavoError or a load that works, never anything else."""
+"""Four thousand damaged copies of the golden checkpoints: an OctavoError or a load that works, never anything else."""
 
 from __future__ import annotations
 
@@ -15,18 +15,36 @@ from formats.checkpoints import header_and_payload, put_header
 from octavo._core.errors import OctavoError
 from octavo.formats import native
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "native_v1" / "checkpoint"
-FILES = sorted(path.name for path in GOLDEN.iterdir())
+GOLDEN = [Path(__file__).parents[1] / "golden" / name / "checkpoint" for name in ("native_v1", "native_v1_scales")]
+FILES = sorted(path.name for path in GOLDEN[0].iterdir())
 HOSTILE: list[Any] = [
     *(-1, 0, 1, 2, 3, 16, 17, 33, 2**31, 2**63, 2**64, 10**40, 0.5, 1.0, 2.0, 1e300),
-    *(True, False, None, "", "x", "row", "int8", "../x", "\ud800", [], [[]], [1], [4, 4], [2.0, 8], {}, {"a": 1}),
+    *(
+        True,
+        False,
+        None,
+        "",
+        "x",
+        "row",
+        "int8",
+        "int4",
+        "../x",
+        "\ud800",
+        [],
+        [[]],
+        [1],
+        [4, 4],
+        [2.0, 8],
+        {},
+        {"a": 1},
+    ),
 ]
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(params=GOLDEN, ids=lambda path: path.parent.name)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A copy to damage."""
-    return Path(shutil.copytree(GOLDEN, tmp_path / "copy"))
+    return Path(shutil.copytree(request.param, tmp_path / "copy"))
 
 
 def load_or_refuse(folder: Path) -> bool:

@@ -22,10 +22,11 @@ from octavo._core.errors import FormatError, UsageError
 from octavo.formats import native
 from octavo.formats.reader import CheckpointReader
 from octavo.formats.writer import ShardWriter
-from octavo.weight import Layout, VQWeight
+from octavo.layout import BlockScale, Layout
+from octavo.weight import VQWeight
 from oracle.decode import decode
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "native_v1"
+GOLDEN = [Path(__file__).parents[1] / "golden" / name for name in ("native_v1", "native_v1_scales")]
 PERMUTED = Layout(shape=(6, 8), vector_length=3, stages=(2, 3), permuted=True, channel_norm="input", bias=True)
 PLAIN = Layout(shape=(8, 6), vector_length=2, stages=(4,), direction="row")
 
@@ -39,10 +40,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-@pytest.fixture
-def golden(tmp_path: Path) -> Path:
-    """A copy of the golden checkpoint."""
-    return Path(shutil.copytree(GOLDEN / "checkpoint", tmp_path / "golden"))
+@pytest.fixture(params=GOLDEN, ids=lambda path: path.name)
+def golden(request: pytest.FixtureRequest) -> Path:
+    """A golden folder: the checkpoint and what it decodes to."""
+    return request.param
 
 
 def shard_of(folder: Path, name: str) -> Path:
@@ -91,11 +92,11 @@ def test_details_must_be_json(details: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------ golden files
 
 
-def test_golden_checkpoint_decodes_to_the_stored_numbers() -> None:
-    native.verify(GOLDEN / "checkpoint")
-    wanted = load_file(GOLDEN / "decoded.safetensors")
-    hashes = json.loads((GOLDEN / "decoded.json").read_text())
-    weights = dict(native.read_weights(GOLDEN / "checkpoint"))
+def test_golden_checkpoint_decodes_to_the_stored_numbers(golden: Path) -> None:
+    native.verify(golden / "checkpoint")
+    wanted = load_file(golden / "decoded.safetensors")
+    hashes = json.loads((golden / "decoded.json").read_text())
+    weights = dict(native.read_weights(golden / "checkpoint"))
     assert weights.keys() == wanted.keys() == hashes.keys()
     for module, weight in weights.items():
         matrix = weight.dequantize()
@@ -103,27 +104,27 @@ def test_golden_checkpoint_decodes_to_the_stored_numbers() -> None:
         assert hashlib.sha256(matrix.numpy().tobytes()).hexdigest() == hashes[module]
 
 
-def test_golden_numbers_are_those_of_the_independent_decoder() -> None:
-    stored = load_file(GOLDEN / "decoded.safetensors")
-    for module, weight in native.read_weights(GOLDEN / "checkpoint"):
+def test_golden_numbers_are_those_of_the_independent_decoder(golden: Path) -> None:
+    stored = load_file(golden / "decoded.safetensors")
+    for module, weight in native.read_weights(golden / "checkpoint"):
         wanted = decode(weight.layout.to_dict(), raw(weight))
         np.testing.assert_allclose(stored[module].numpy(), wanted, rtol=0, atol=1e-6)
 
 
-def test_golden_checkpoint_is_written_to_the_same_bytes_today(tmp_path: Path) -> None:
-    source = CheckpointReader(GOLDEN / "checkpoint")
-    first, second = source.files
+def test_golden_checkpoint_is_written_to_the_same_bytes_today(golden: Path, tmp_path: Path) -> None:
+    source = CheckpointReader(golden / "checkpoint")
+    assert len(source.files) == 2
     writer = ShardWriter(tmp_path, max_shard_bytes=3000)
-    order = json.loads((GOLDEN / "order.json").read_text())
+    order = json.loads((golden / "order.json").read_text())
     for name in order:
         writer.add(name, source.read(name))
     writer.finish()
-    assert (tmp_path / first.name).read_bytes() == first.read_bytes()
-    assert (tmp_path / second.name).read_bytes() == second.read_bytes()
+    for file in source.files:
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes()
 
 
-def test_golden_config_is_what_quantization_config_writes() -> None:
-    config = native.read_config(GOLDEN / "checkpoint")
+def test_golden_config_is_what_quantization_config_writes(golden: Path) -> None:
+    config = native.read_config(golden / "checkpoint")
     again = native.quantization_config(config.layouts, config.method, config.details)
     assert {**again, "octavo_version": config.raw["octavo_version"]} == config.raw
 
@@ -157,6 +158,11 @@ def test_other_format_versions_are_refused_naming_both(folder: Path, version: An
         (lambda q: q["layouts"][0].update(shape=[2**40, 8]), "features wanted"),
         (lambda q: q["layouts"][0].update(shape=8), "layout 0"),
         (lambda q: q["layouts"][0].update(stages=[]), "at least one codebook stage"),
+        (lambda q: q["layouts"][0].update(codebook_rank=2), "codebook rank needs one stage"),
+        (lambda q: q["layouts"][0].update(codebook_rank=-1), "codebook rank wanted 0..65536, got -1"),
+        (lambda q: q["layouts"][1].update(codebook_rank=1, codebook_dtype="int4"), "neither grid nor int4"),
+        (lambda q: q["layouts"][0].update(codebook_dtype="int2"), "unknown codebook dtype 'int2'"),
+        (lambda q: q["layouts"][0].update(block_scale={"columns": 4, "log2_bits": 9}), "log2 scale bits wanted 0..8"),
         (lambda q: q["layouts"][0].pop("stages"), "layout 0"),
         (lambda q: q["modules"].update({"block.0.q": 2}), "module block.0.q wanted a layout number below 2, got 2"),
         (lambda q: q["modules"].update({"block.0.q": -1}), "got -1"),
@@ -259,6 +265,76 @@ def test_non_finite_books_and_scales_are_refused(folder: Path, name: str, bad: f
     native.check(folder)
     with pytest.raises(FormatError, match=f"block.0.q: {name} holds NaN or infinity"):
         dict(native.read_weights(folder))
+
+
+SCALED = Layout(
+    shape=(6, 8),
+    vector_length=2,
+    stages=(3,),
+    direction="row",
+    tile=(3, 4),
+    block_scale=BlockScale(4, 0, 4),
+    codebook_rank=2,
+)
+INT4 = Layout(shape=(6, 8), vector_length=3, stages=(2,), codebook_dtype="int4", tile=(3, 4))
+
+
+@pytest.fixture
+def scaled(tmp_path: Path) -> Path:
+    """Two matrices with low-rank codebooks and log2 scales (k) and with int4 codebooks (v)."""
+    write_native(tmp_path / "scaled", {"block.0.k": random_weight(SCALED, 1), "block.0.v": random_weight(INT4, 2)})
+    native.verify(tmp_path / "scaled")
+    return tmp_path / "scaled"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["k.codebook_coefficient_0", "k.codebook_basis_0", "k.block_scale_low", "k.block_scale_step", "v.codebook_scale_0"],
+)
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_non_finite_parts_of_books_and_scales_are_refused(scaled: Path, name: str, bad: float) -> None:
+    value = CheckpointReader(scaled).read(f"block.0.{name}").clone()
+    value.view(-1)[-1] = bad
+    replace_tensor(scaled, f"block.0.{name}", value)
+    module, _, leaf = name.partition(".")
+    with pytest.raises(FormatError, match=f"block.0.{module}: {leaf} holds NaN or infinity"):
+        native.verify(scaled)
+
+
+def test_scales_that_overflow_once_decoded_are_refused(scaled: Path) -> None:
+    replace_tensor(scaled, "block.0.k.block_scale_step", torch.tensor([0, 10], dtype=torch.float16))
+    with pytest.raises(FormatError, match=r"block.0.k: block_scale_low and block_scale_step reach the scale 2\^1\d\d"):
+        native.verify(scaled)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "wrong"),
+    [
+        ("k.codebook_coefficient_0", [4, 2], [2, 4]),
+        ("k.codebook_basis_0", [2, 8, 2], [2, 2, 8]),
+        ("k.block_scale_code", [2, 1], [1, 2]),
+        ("k.block_scale_low", [2], [1, 2]),
+        ("k.block_scale_step", [2], [2, 1]),
+        ("v.codebook_0", [1, 6], [6, 1]),
+        ("v.codebook_scale_0", [4], [4, 1]),
+    ],
+)
+def test_parts_of_books_and_scales_of_another_shape_are_refused(
+    scaled: Path, name: str, shape: list[int], wrong: list[int]
+) -> None:
+    path = scaled / "model.safetensors"
+    edit_header(path, lambda header: header[f"block.0.{name}"].update(shape=wrong))
+    message = f"block.0.{name} wanted torch.* {tuple(shape)} by its layout .* got torch.* {tuple(wrong)}"
+    with pytest.raises(FormatError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        native.check(scaled)
+
+
+@pytest.mark.parametrize("name", ["k.block_scale_code", "v.codebook_0"])
+def test_every_bit_pattern_of_packed_books_and_scales_is_legal(scaled: Path, name: str) -> None:
+    for fill in (0, -1, 0x55555555):
+        words = torch.full_like(CheckpointReader(scaled).read(f"block.0.{name}"), fill)
+        replace_tensor(scaled, f"block.0.{name}", words)
+        assert all(bool(torch.isfinite(weight.dequantize()).all()) for _, weight in native.read_weights(scaled))
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5, 6, 6], [0, 1, 2, 3, 4, 5, 6, 8], [-1, 1, 2, 3, 4, 5, 6, 7]])

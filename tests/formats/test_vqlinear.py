@@ -20,8 +20,9 @@ from octavo._core.clib import SlowPathWarning
 from octavo._core.errors import FormatError, UsageError
 from octavo.kernels import select
 from octavo.kernels.select import Kernel, Row
+from octavo.layout import BlockScale, Layout, Outliers
 from octavo.nn import VQLinear
-from octavo.weight import BlockScale, Layout, Outliers, VQWeight
+from octavo.weight import VQWeight
 
 LAYOUT = Layout(
     shape=(10, 12),

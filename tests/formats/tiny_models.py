@@ -30,7 +30,8 @@ from formats.checkpoints import write_native
 from formats.strategies import random_weight
 from octavo.formats import native
 from octavo.formats.reader import CheckpointReader
-from octavo.weight import BlockScale, Layout, Outliers, VQWeight
+from octavo.layout import BlockScale, Layout, Outliers
+from octavo.weight import VQWeight
 
 VOCABULARY = 256
 COMMON: dict[str, Any] = {
@@ -66,6 +67,16 @@ STYLES = [
         shape=(1, 8), vector_length=3, stages=(4,), codebook_dtype="bfloat16", side_dtype="bfloat16", sign_bits=True
     ),
     Layout(shape=(1, 8), vector_length=4, stages=(4,), codebook_dtype="float32", side_dtype="float32", tile=(16, 8)),
+    Layout(
+        shape=(1, 8),
+        vector_length=2,
+        stages=(3,),
+        direction="row",
+        codebook_dtype="int4",
+        block_scale=BlockScale(8, 0, 4),
+    ),
+    Layout(shape=(1, 8), vector_length=2, stages=(4,), codebook_dtype="int8", tile=(8, 16), codebook_rank=2),
+    Layout(shape=(1, 8), vector_length=2, stages=(4,), tile=(8, 16), codebook_rank=1, block_scale=BlockScale(8, 2, 3)),
 ]
 
 

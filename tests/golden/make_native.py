@@ -1,6 +1,9 @@
-"""Writes ``native_v1``: a checkpoint of format version 1 that every later Octavo must decode to the same numbers.
+"""Writes the golden checkpoints, which every later Octavo must decode to the same numbers.
 
-Run it only for a *new* format version: ``PYTHONPATH=tests python tests/golden/make_native.py tests/golden/native_v2``.
+``native_v1`` is format version 1 as Octavo 0.1 wrote it; ``native_v1_scales`` has what was added to it later: int4 and
+low-rank codebooks, and log2 block scales.
+
+Run it only for a *new* set: ``PYTHONPATH=tests python tests/golden/make_native.py tests/golden/<name of a set>``.
 The old folders stay as they are, since they stand for files that people have.
 """
 
@@ -16,7 +19,7 @@ from safetensors.torch import save_file
 
 from formats.checkpoints import write_native
 from formats.strategies import random_weight
-from octavo.weight import BlockScale, Layout, Outliers
+from octavo.layout import BlockScale, Layout, Outliers
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 16, 24, 32
 CONFIG = {
@@ -33,7 +36,7 @@ CONFIG = {
     "tie_word_embeddings": True,
     "dtype": "float32",
 }
-LAYOUTS = {
+V1 = {
     "self_attn.q_proj": Layout(shape=(16, 16), vector_length=4, stages=(4,), channel_norm="input", permuted=True),
     "self_attn.k_proj": Layout(
         shape=(8, 16),
@@ -62,13 +65,70 @@ LAYOUTS = {
         shape=(16, 24), vector_length=4, stages=(4,), permuted=True, side_dtype="float32", outliers=Outliers(1, 2, 2)
     ),
 }
+#: Every block scale here is a log2 scale.
+V1_SCALES = {
+    "self_attn.q_proj": Layout(shape=(16, 16), vector_length=4, stages=(4,), codebook_dtype="int4", tile=(8, 8)),
+    "self_attn.k_proj": Layout(
+        shape=(8, 16), vector_length=2, stages=(3,), direction="row", tile=(4, 8), codebook_rank=2
+    ),
+    "self_attn.v_proj": Layout(
+        shape=(8, 16),
+        vector_length=3,
+        stages=(2,),
+        codebook_dtype="int8",
+        side_dtype="bfloat16",
+        sign_bits=True,
+        tile=(6, 5),
+        codebook_rank=3,
+    ),
+    "self_attn.o_proj": Layout(
+        shape=(16, 16),
+        vector_length=2,
+        stages=(4,),
+        direction="row",
+        codebook_dtype="int8",
+        tile=(16, 8),
+        block_scale=BlockScale(8, 0, 4),
+    ),
+    "mlp.gate_proj": Layout(
+        shape=(24, 16),
+        vector_length=1,
+        stages=(2,),
+        codebook_dtype="grid",
+        side_dtype="bfloat16",
+        block_scale=BlockScale(5, 2, 3),
+    ),
+    "mlp.up_proj": Layout(
+        shape=(24, 16),
+        vector_length=3,
+        stages=(1, 2),
+        direction="row",
+        codebook_dtype="int4",
+        tile=(10, 6),
+        block_scale=BlockScale(6, 0, 8),
+        channel_norm="input",
+        permuted=True,
+        outliers=Outliers(2, 4, 3),
+        bias=True,
+    ),
+    "mlp.down_proj": Layout(
+        shape=(16, 24),
+        vector_length=4,
+        stages=(4,),
+        codebook_dtype="float32",
+        side_dtype="float32",
+        block_scale=BlockScale(7, 0, 1),
+        channel_norm="output",
+    ),
+}
+SETS = {"native_v1": V1, "native_v1_scales": V1_SCALES}
 
 
 def main(folder: Path) -> None:
-    """Write ``folder``/checkpoint, the order of its tensors, and what they decode to."""
+    """Write ``folder``/checkpoint, the order of its tensors, and what they decode to; the name chooses the set."""
     weights = {
         f"model.layers.0.{name}": random_weight(layout, seed, scale=0.1)
-        for seed, (name, layout) in enumerate(LAYOUTS.items())
+        for seed, (name, layout) in enumerate(SETS[folder.name].items())
     }
     generator = torch.Generator().manual_seed(len(weights))
     kept = {"model.embed_tokens.weight": torch.randn(VOCABULARY, HIDDEN, generator=generator)}

@@ -26,14 +26,16 @@ def numbers(dtype: str, shape: tuple[int, ...], data: bytes) -> np.ndarray:
 
 
 class BitRows:
-    """Rows of a packed index tensor as big integers, so that any element is one shift away."""
+    """Rows of a packed tensor of unsigned integers: one long little-endian number per row."""
 
     def __init__(self, shape: tuple[int, ...], data: bytes) -> None:
         width = shape[1] * 4
-        self._rows = [int.from_bytes(data[r * width : (r + 1) * width], "little") for r in range(shape[0])]
+        self._rows = [data[r * width : (r + 1) * width] for r in range(shape[0])]
 
     def get(self, row: int, column: int, bits: int) -> int:
-        return (self._rows[row] >> (column * bits)) & ((1 << bits) - 1)
+        start = column * bits
+        touched = self._rows[row][start // 8 : (start + bits + 7) // 8]
+        return (int.from_bytes(touched, "little") >> start % 8) & ((1 << bits) - 1)
 
 
 def decode(layout: Mapping[str, Any], raw: Raw) -> np.ndarray:
@@ -47,14 +49,34 @@ def decode(layout: Mapping[str, Any], raw: Raw) -> np.ndarray:
     v, stages = layout["vector_length"], layout["stages"]
     by_column = layout.get("direction", "column") == "column"
     signs, tile = layout.get("sign_bits", False), layout.get("tile")
-    block, outliers = layout.get("block_scale"), layout.get("outliers") or {}
-    kind = layout.get("codebook_dtype", "float16")
+    block, outliers = layout.get("block_scale") or {}, layout.get("outliers") or {}
+    kind, rank = layout.get("codebook_dtype", "float16"), layout.get("codebook_rank", 0)
     leading = outliers.get("columns", 0)
     width = sum(stages) + (v if signs else 0)
     value = {name: numbers(*entry) for name, entry in raw.items() if entry[0] != "int32"}
     stream = {
         name: BitRows(entry[1], entry[2]) for name, entry in raw.items() if entry[0] == "int32" and len(entry[1]) == 2
     }
+
+    def centroid(stage: int, book: int, index: int, inside: int) -> float:
+        if kind == "grid":
+            return index
+        if rank:
+            coefficients, basis = value["codebook_coefficient_0"][book], value["codebook_basis_0"]
+            return sum(coefficients[r] * basis[r, index, inside] for r in range(rank))
+        if kind == "int4":
+            # One stream of 4-bit numbers over all books, centroids and elements; 8 stands for zero.
+            place = (book * (1 << stages[stage]) + index) * v + inside
+            number = stream[f"codebook_{stage}"].get(0, place, 4) - 8
+        else:
+            number = value[f"codebook_{stage}"][book, index, inside]
+        return number * value[f"codebook_scale_{stage}"][book] if kind in ("int8", "int4") else number
+
+    def block_scale(row: int, number: int) -> float:
+        if not block.get("log2_bits", 0):
+            return value["block_scale"][row, number]
+        code = stream["block_scale_code"].get(number, row, block["log2_bits"])
+        return 2.0 ** (value["block_scale_low"][number] + value["block_scale_step"][number] * code)
 
     def main_element(row: int, column: int) -> float:
         place = (row // v, column) if by_column else (row, column // v)
@@ -68,11 +90,7 @@ def decode(layout: Mapping[str, Any], raw: Raw) -> np.ndarray:
         for stage, bits in enumerate(stages):
             index = code & ((1 << bits) - 1)
             code >>= bits
-            if kind == "grid":
-                total += index
-            else:
-                scale = value[f"codebook_scale_{stage}"][book] if kind == "int8" else 1.0
-                total += value[f"codebook_{stage}"][book, index, inside] * scale
+            total += centroid(stage, book, index, inside)
         if signs and code >> inside & 1:
             total = -total
         if block:
@@ -80,7 +98,7 @@ def decode(layout: Mapping[str, Any], raw: Raw) -> np.ndarray:
             zero_bits = block.get("zero_bits", 0)
             if zero_bits:
                 total -= stream["block_zero"].get(row, number, zero_bits)
-            total *= value["block_scale"][row, number]
+            total *= block_scale(row, number)
         return total
 
     def outlier_element(row: int, column: int) -> float:

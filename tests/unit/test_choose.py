@@ -20,8 +20,8 @@ from octavo.algorithms._choose import (
     stage_choices,
     stage_distortion,
 )
+from octavo.layout import Layout
 from octavo.math.kmeans import kmeans
-from octavo.weight import Layout
 
 _FEATURES = st.integers(64, 3000)
 _SHAPES = st.lists(st.tuples(st.tuples(_FEATURES, _FEATURES), st.booleans()), min_size=1, max_size=6)

@@ -11,8 +11,10 @@ import torch
 
 from octavo._core.errors import NumericalError, UsageError
 from octavo.algorithms import get
+from octavo.layout import Layout
 from octavo.math.hessian import proxy_loss
-from octavo.weight import Layout, VQWeight, index_dtype_to_int64
+from octavo.stored import index_dtype_to_int64
+from octavo.weight import VQWeight
 from oracle.matrices import Case, activations, families, family, normal_weight, second_moment
 from oracle.vptq import Stored, recode
 

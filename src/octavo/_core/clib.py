@@ -20,16 +20,24 @@ from torch.nn import Parameter
 DISABLE = "OCTAVO_NO_CLIB"
 OK, BAD_ARGUMENT, NO_MEMORY, OUT_OF_RANGE = range(4)
 
-_ABI = 1
+_ABI = 2
 _ISA = {1: "baseline", 2: "AVX2 + FMA", 3: "AVX-512"}
 _NAMES = {"win32": "octavo_c.dll", "darwin": "liboctavo_c.dylib"}
 _REMEDY = (
     "Install a C++17 compiler (g++ or clang++) and run `pip install --force-reinstall .` in Octavo's source folder."
 )
 _PLAIN = (Tensor, Parameter)
-_POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_POINTER, _INT64, _INT32, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_double
 _SIGNATURES = {
     "octavo_nearest": (_POINTER, _POINTER, _INT64, _POINTER, _INT64, _INT32, _POINTER, _INT32, _INT32),
+    "octavo_nearest_tiles": (
+        *(_POINTER, _INT64, _INT64, _POINTER, _INT64, _INT32),
+        *(_POINTER, _POINTER, _INT32, _INT32),
+    ),
+    "octavo_fit_tiles": (
+        *(_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT32, _INT64, _INT64),
+        *(_POINTER, _POINTER, _INT32, _DOUBLE, _POINTER, _INT32, _INT32),
+    ),
     "octavo_pack": (_POINTER, _INT64, _INT64, _INT32, _POINTER, _INT32),
     "octavo_unpack": (_POINTER, _INT64, _INT64, _INT32, _POINTER, _INT32),
 }
@@ -97,7 +105,7 @@ def takes(*tensors: Tensor) -> bool:
     return not is_compiling()
 
 
-def call(function: Callable[..., int], *arguments: int | None) -> int:
+def call(function: Callable[..., int], *arguments: float | None) -> int:
     """Call a function of the library and return its status, :data:`OK` or :data:`OUT_OF_RANGE`.
 
     Raises:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from octavo._core.config import from_dict
-from octavo._core.errors import UsageError
+from octavo._core.errors import UsageError, did_you_mean
 from octavo._core.registry import Registry
 from octavo.algorithms._input import bias_tensors, checked
-from octavo.weight import Layout, SideDtype, VQWeight
+from octavo.layout import Layout, SideDtype
+from octavo.weight import VQWeight
 
 MIN_BITS, MAX_BITS = 0.5, 16.0
 
@@ -59,6 +61,8 @@ class Algorithm(ABC):
     needs_hessian: ClassVar[bool] = True
     #: Whether ``bits`` is a limit for everything stored, or the width of the indices alone.
     counts_all_bits: ClassVar[bool] = True
+    #: Published settings: name -> options, ``bits`` among them.
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int | float):
@@ -140,3 +144,16 @@ def _build(cls: type[Algorithm], **options: Any) -> Algorithm:
 def names() -> list[str]:
     """All methods."""
     return registry.names()
+
+
+def preset(name: str) -> tuple[str, dict[str, Any]]:
+    """Method and options (``bits`` among them) of a published setting.
+
+    Raises:
+        UsageError: unknown preset.
+    """
+    known = {key: (method, options) for method in names() for key, options in registry.get(method).presets.items()}
+    if name not in known:
+        raise UsageError(f"unknown preset {name!r}; there are {', '.join(known)}.{did_you_mean(name, list(known))}")
+    method, options = known[name]
+    return method, dict(options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from octavo.weight import Layout
+from octavo.layout import Layout
 
 #: Gap in dB between the best high-rate vector quantizer of dimension v on a Gaussian source and the rate-distortion
 #: bound (Zador's formula with the best known lattice second moments).
@@ -13,6 +13,7 @@ _ASYMPTOTIC_GAP_DB = {1: 4.35, 2: 3.04, 3: 2.49, 4: 2.11, 5: 1.88, 6: 1.69, 8: 1
 VECTOR_LENGTHS = tuple(_ASYMPTOTIC_GAP_DB)
 #: Greedy two-stage assignment, measured against what independent stages would give.
 _RESIDUAL_PENALTY = 1.15
+_ADAPTATION = 1.2
 #: A centroid entry rounded to one of 255 levels over about +-4.5 standard deviations, as noise power.
 _INT8_NOISE = (4.5 / 127) ** 2 / 12
 
@@ -32,19 +33,25 @@ def predicted_distortion(layout: Layout) -> float:
     """Predicted mean squared error, relative to the weights' variance, of codebooks fitted to the matrix itself.
 
     With n vectors for k centroids the fit also memorises: its error on its own vectors is about (1 - k/n) of that on
-    fresh ones.
+    fresh ones. Codebooks of tiles adapt to where they are, too: on real matrices their error falls like
+    1 - 1.2 sqrt(k/n) (d = 1, 2, 4; tiles of 64 to 2^15 vectors; measured by benchmarks/quality/parts.py).
     """
     rows, columns = layout.index_shape
     books = layout.books_shape[0] * layout.books_shape[1]
     vectors = max(rows * columns // books, 1)
     total = _RESIDUAL_PENALTY ** (len(layout.stages) - 1)
     for bits in layout.stages:
-        total *= stage_distortion(layout.vector_length, bits) * max(1 - 2**bits / vectors, 0.0)
+        share = 2**bits / vectors
+        gain = share if layout.tile is None else _ADAPTATION * math.sqrt(share)
+        total *= stage_distortion(layout.vector_length, bits) * max(1 - gain, 0.0)
     return total + (_INT8_NOISE if layout.codebook_dtype == "int8" else 0.0)
 
 
-def allocate(candidates: Sequence[Sequence[Layout]], bits: float) -> list[Layout]:
+def allocate(candidates: Sequence[Sequence[Layout]], bits: float, size_power: float = 1.0) -> list[Layout]:
     """One layout per matrix, so that the predicted squared error of all weights together is least within a budget.
+
+    A matrix counts with its number of weights to the power ``size_power``: 1 minimises the error of all weights, less
+    favours small matrices, which cost few bits and hurt as much when they are wrong.
 
     The budget is ``bits`` times the number of weights, everything counted. Lagrangian relaxation: each matrix takes the
     candidate with the least error + price * bits; the price is the lowest that keeps the budget, and what it leaves
@@ -52,7 +59,10 @@ def allocate(candidates: Sequence[Sequence[Layout]], bits: float) -> list[Layout
     exceed the budget (tiny matrices), those are returned; the plan shows it.
     """
     # Matrices of one shape share their list of candidates; each list is rated once.
-    kinds = {id(options): [(_error(x), x.bits(), x) for x in options] for options in candidates}
+    kinds = {
+        id(options): [(predicted_distortion(x) * x.weights**size_power, x.bits(), x) for x in options]
+        for options in candidates
+    }
     tables = [kinds[id(options)] for options in candidates]
     budget = bits * sum(options[0].weights for options in candidates)
 
@@ -87,10 +97,6 @@ def allocate(candidates: Sequence[Sequence[Layout]], bits: float) -> list[Layout
         spare = limit - better.bits()
         chosen[index] = better
     return chosen
-
-
-def _error(layout: Layout) -> float:
-    return predicted_distortion(layout) * layout.weights
 
 
 def stage_choices(

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from octavo._core.errors import UsageError
 from octavo.algorithms._base import Algorithm, Problem
+from octavo.layout import BlockScale, Layout
 from octavo.math.pack import pack
-from octavo.weight import BlockScale, Layout, pack_codes, to_stored
+from octavo.stored import pack_codes, to_stored
 
 
 @dataclass(frozen=True, kw_only=True)

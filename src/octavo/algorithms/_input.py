@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from octavo._core.errors import NumericalError, UsageError
+from octavo.layout import Layout
 from octavo.math.hessian import check_finite
-from octavo.weight import Layout, to_stored
+from octavo.stored import to_stored
 
 
 def checked(weight: Tensor, hessian: Tensor | None, name: str) -> tuple[Tensor, Tensor | None]:

@@ -14,12 +14,13 @@ from torch.nn import functional
 from octavo._core.errors import UsageError
 from octavo.algorithms._base import Algorithm, Problem, check_damping, registry
 from octavo.algorithms._choose import VECTOR_LENGTHS, allocate, stage_choices
+from octavo.layout import CodebookDtype, Layout, Outliers
 from octavo.math.assign import nearest
 from octavo.math.feedback import error_feedback
 from octavo.math.hessian import Factor, dead_columns, factorize
 from octavo.math.kmeans import kmeans
 from octavo.math.pack import pack
-from octavo.weight import CodebookDtype, Layout, Outliers, pack_codes, to_stored
+from octavo.stored import decode_codebooks, pack_codes, store_codebooks, to_stored
 
 #: Largest codebook that is chosen without being asked for: k-means time per weight grows with 2^bits.
 _MAX_AUTO_BITS = 12
@@ -253,23 +254,14 @@ class _ColumnCoder:
 
     def set_book(self, group: int, stage: int, centroids: Tensor) -> None:
         """Store a codebook; what is used from now on is what the stored form decodes to."""
-        name, spec = f"codebook_{stage}", self.layout.tensors()
-        dtype, (books, k, v) = spec[name]
-        stored = self.stored.setdefault(name, torch.zeros(books, k, v, dtype=dtype, device=self.device))
-        where = f"{self.name}: codebook {stage}"
-        if dtype == torch.int8:
-            scale_dtype = spec[f"codebook_scale_{stage}"][0]
-            scales = self.stored.setdefault(
-                f"codebook_scale_{stage}", torch.ones(books, dtype=scale_dtype, device=self.device)
-            )
-            scale = to_stored(centroids.abs().max() / 127, scale_dtype, where)
-            scales[group] = torch.where(scale > 0, scale, torch.ones_like(scale))
-            step = scales[group].float()
-            stored[group] = (centroids / step).round().clamp(-127, 127).to(torch.int8)
-            used = stored[group].float() * step
-        else:
-            stored[group] = to_stored(centroids, dtype, where)
-            used = stored[group].float()
+        one = replace(self.layout, tile=None)
+        parts = store_codebooks(one, stage, centroids.unsqueeze(0), f"{self.name}: codebook {stage}")
+        for name, (dtype, shape) in self.layout.tensors().items():
+            if name in parts:
+                self.stored.setdefault(name, torch.zeros(shape, dtype=dtype, device=self.device))[group] = parts[name][
+                    0
+                ]
+        used = decode_codebooks(one, stage, parts)[0]
         if stage < len(self.main[group]):
             self.main[group][stage] = used
         else:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from octavo.cli._output import size
 
 if TYPE_CHECKING:
-    from octavo.weight import Layout
+    from octavo.layout import Layout
 
 COLUMNS = ("matrices", "count", "shape", "index bits", "true bits", "bytes", "layout")
 
@@ -21,15 +21,20 @@ def in_words(layout: Layout) -> str:
     else:
         unit = "outputs" if layout.direction == "column" else "inputs"
         books = " + ".join(str(1 << bits) for bits in layout.stages)
-        parts = [f"vectors of {layout.vector_length} {unit}, {books} centroids ({layout.codebook_dtype})"]
+        kind: str = layout.codebook_dtype
+        if layout.codebook_rank:
+            kind = f"rank {layout.codebook_rank} with {kind} coefficients and {layout.side_dtype} basis"
+        parts = [f"vectors of {layout.vector_length} {unit}, {books} centroids ({kind})"]
         if layout.tile is not None:
             rows, columns = layout.books_shape
             parts.append(f"{rows * columns} codebooks, one per {layout.tile[0]} x {layout.tile[1]} tile")
     if layout.sign_bits:
         parts.append("signs apart")
     if layout.block_scale is not None:
-        zero = f" and {layout.block_scale.zero_bits}-bit zero" if layout.block_scale.zero_bits else ""
-        parts.append(f"scale{zero} per {layout.block_scale.columns} columns")
+        block = layout.block_scale
+        scale = f"{block.log2_bits}-bit log2 scale" if block.log2_bits else "scale"
+        zero = f" and {block.zero_bits}-bit zero" if block.zero_bits else ""
+        parts.append(f"{scale}{zero} per {block.columns} columns")
     if layout.outliers is not None:
         o = layout.outliers
         parts.append(f"{o.columns} outlier columns (vectors of {o.vector_length}, {1 << o.bits} centroids)")

@@ -26,8 +26,20 @@ class BadHessian(StrEnum):
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Local folder, hub id, or .gguf file.")]
 NewFolder = Annotated[str, typer.Argument(metavar="OUT", help="New folder for the result; must not exist.")]
 Quantized = Annotated[str, typer.Argument(metavar="OUT", help="Folder of a quantized model.")]
-Method = Annotated[str, typer.Option("--method", "-m", help="vptq, gptq or rtn; `octavo doctor` lists all methods.")]
-Bits = Annotated[float, typer.Option("--bits", "-b", help="Bits per weight to aim at; codebooks are counted.")]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        "--method", "-m", help="vptq, gptvq, gptq or rtn; `octavo doctor` lists all methods.", show_default="vptq"
+    ),
+]
+Bits = Annotated[
+    float | None,
+    typer.Option("--bits", "-b", help="Bits per weight to aim at; codebooks are counted.", show_default="2.25"),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option("--preset", metavar="NAME", help="A published setting, such as 4d-2.25: method, bits and options."),
+]
 Calibration = Annotated[
     str,
     typer.Option("--calib", help="'bundled', text or jsonl files (comma-separated), or datasets:NAME."),

@@ -125,6 +125,12 @@ class Output:
             left = "" if not event.eta_seconds else f", about {duration(event.eta_seconds)} left"
             took = duration(event.seconds or 0)
             self.progress(f"block {event.block + 1}/{event.blocks} ({event.message}) done in {took}{left}")
+        elif event.kind == "step":
+            of = f"/{event.steps}" if event.steps else ""
+            loss = "" if event.loss is None else f"  KL {event.loss:.5f}"
+            held_out = "" if event.kl is None else f"  held out {event.kl:.5f}"
+            left = "" if not event.eta_seconds else f"  about {duration(event.eta_seconds)} left"
+            self.progress(f"  step {event.step}{of}{loss}{held_out}  {event.seconds or 0:.1f} s{left}")
         else:
             self.progress(event.message)
 
@@ -217,7 +223,7 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
+def parse_settings(pairs: Sequence[str], option: str = "--set") -> dict[str, Any]:
     """``KEY=VALUE`` texts to options; the value is read as JSON, and is a text if it is none.
 
     Raises:
@@ -228,9 +234,9 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
         key, equals, text = pair.partition("=")
         key = key.strip().replace("-", "_")
         if not equals or not key:
-            raise UsageError(f"--set wanted KEY=VALUE, got {pair!r}.")
+            raise UsageError(f"{option} wanted KEY=VALUE, got {pair!r}.")
         if key in options:
-            raise UsageError(f"--set {key} is given twice; which one is meant?")
+            raise UsageError(f"{option} {key} is given twice; which one is meant?")
         try:
             options[key] = json.loads(text)
         except ValueError:

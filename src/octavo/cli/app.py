@@ -18,7 +18,7 @@ from typer.main import get_command
 
 import octavo
 from octavo._core.errors import OctavoError
-from octavo.cli import chat, compare, demo, doctor, evaluate, inspect, plan, quantize, verify
+from octavo.cli import chat, compare, demo, doctor, evaluate, inspect, plan, quantize, study, tune, verify
 from octavo.cli._output import print_json
 
 INTERRUPTED = 130
@@ -37,6 +37,7 @@ app = typer.Typer(
 )
 for name, module in {
     "quantize": quantize,
+    "tune": tune,
     "plan": plan,
     "eval": evaluate,
     "compare": compare,
@@ -47,6 +48,7 @@ for name, module in {
     "demo": demo,
 }.items():
     app.command(name)(module.command)
+app.add_typer(study.app, name="study")
 
 
 def _version(wanted: bool) -> None:

@@ -16,6 +16,7 @@ PACKAGES = ("torch", "transformers", "safetensors", "numpy", "accelerate", "hugg
 EXTRAS = {
     "eval": ("lm-eval", "octavo eval --lm-eval TASKS"),
     "data": ("datasets", "octavo quantize --calib datasets:NAME"),
+    "report": ("matplotlib", "octavo study dimension"),
 }
 
 

@@ -25,8 +25,9 @@ from octavo.cli._output import (
 
 def command(
     model: options.Model,
-    method: options.Method = "vptq",
-    bits: options.Bits = 2.25,
+    method: options.Method = None,
+    bits: options.Bits = None,
+    preset: options.Preset = None,
     samples: options.Samples = 32,
     ctx: options.Context = None,
     skip: options.Skip = None,
@@ -55,6 +56,7 @@ def command(
             model,
             method=method,
             bits=bits,
+            preset=preset,
             options=algorithm_options,
             skip=tuple(skip or ()),
             samples=samples,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,14 +28,16 @@ from octavo.cli._output import (
 
 if TYPE_CHECKING:
     from octavo.pipeline.run import Report
+    from octavo.pipeline.tune import TuneReport
 
 
 def command(
     context: typer.Context,
     model: options.Model,
     out: options.NewFolder,
-    method: options.Method = "vptq",
-    bits: options.Bits = 2.25,
+    method: options.Method = None,
+    bits: options.Bits = None,
+    preset: options.Preset = None,
     calib: options.Calibration = "bundled",
     samples: options.Samples = 32,
     ctx: options.Context = None,
@@ -51,6 +54,15 @@ def command(
         typer.Option("--on-bad-hessian", help="Matrix with unusable statistics: stop, or quantize it without them."),
     ] = options.BadHessian.error,
     settings: options.Settings = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Tune the result end to end before it is written, as `octavo tune` does.")
+    ] = False,
+    tune_settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tune-set", metavar="KEY=VALUE", help="An option of the tuning, such as minutes=20; repeatable."
+        ),
+    ] = None,
     threads: ThreadsOption = None,
     revision: RevisionOption = None,
     trust_remote_code: RemoteCodeOption = False,
@@ -63,39 +75,35 @@ def command(
     """
     with Output(as_json, quiet) as output:
         algorithm_options = parse_settings(settings or [])
+        tune_options = parse_settings(tune_settings or [], "--tune-set")
         from octavo.pipeline import run
 
         use_threads(threads)
         quiet_libraries()
-        with graceful_stop(output, "this block") as stop:
-            try:
-                report = run.quantize(
-                    model,
-                    out,
-                    method=method,
-                    bits=bits,
-                    calib=calib,
-                    samples=samples,
-                    ctx=ctx,
-                    seed=seed,
-                    resume=resume,
-                    force_new=force_new,
-                    keep_work=keep_work,
-                    options=algorithm_options,
-                    skip=tuple(skip or ()),
-                    on_bad_hessian=on_bad_hessian.value,
-                    side_dtype=side_dtype.value,
-                    trust_remote_code=trust_remote_code,
-                    revision=revision,
-                    progress=output.event,
-                    stop=stop,
-                )
-            except Interrupted as error:
-                raise Interrupted(f"{error}\nContinue with: {resume_command(context.obj)}") from error
-            except KeyboardInterrupt as error:
-                raise Interrupted(
-                    f"stopped at once; blocks that were done are kept.\nContinue with: {resume_command(context.obj)}"
-                ) from error
+        with resumable(output, context, "this block or step" if tune else "this block") as stop:
+            report = run.quantize(
+                model,
+                out,
+                method=method,
+                bits=bits,
+                preset=preset,
+                calib=calib,
+                samples=samples,
+                ctx=ctx,
+                seed=seed,
+                resume=resume,
+                force_new=force_new,
+                keep_work=keep_work,
+                options=algorithm_options,
+                skip=tuple(skip or ()),
+                on_bad_hessian=on_bad_hessian.value,
+                side_dtype=side_dtype.value,
+                tune=tune_options if tune or tune_options else None,
+                trust_remote_code=trust_remote_code,
+                revision=revision,
+                progress=output.event,
+                stop=stop,
+            )
         output.document(report.to_dict())
         show(output, report)
 
@@ -113,20 +121,41 @@ def show(output: Output, report: Report) -> None:
     }
     if errors:
         facts["proxy error"] = f"mean {sum(errors) / len(errors):.5f}, worst {max(errors):.5f}"
-    facts["time"] = duration(report.seconds) + phases(report.phases)
-    facts["peak memory"] = size(report.peak_bytes)
-    if report.notes:
-        facts["warnings"] = f"{len(report.notes)}, shown above"
-    output.facts(facts)
+    if report.tuned is not None:
+        facts |= tuning_facts(report.tuned)
+    output.facts(facts | costs(report))
 
 
-def phases(seconds: dict[str, float]) -> str:
-    """``(quantize 1 min 02 s, capture 3.0 s, ..)``, longest first."""
-    parts = [f"{name} {duration(took)}" for name, took in sorted(seconds.items(), key=lambda item: -item[1])]
-    return f" ({', '.join(parts)})" if parts else ""
+def tuning_facts(tuned: Mapping[str, Any]) -> dict[str, str]:
+    """What tuning has changed, for people."""
+    change = 100 * (tuned["kl_after"] / tuned["kl_before"] - 1) if tuned["kl_before"] else 0.0
+    return {
+        "KL per token": f"{tuned['kl_before']:.5f} before tuning, {tuned['kl_after']:.5f} after ({change:+.1f} %), on "
+        f"{tuned['held_out_tokens']:,} held-out tokens",
+        "tuned": f"{tuned['parameters']:,} numbers on {tuned['tokens']:,} tokens in {tuned['steps']} steps; step "
+        f"{tuned['best_step']} was best",
+    }
 
 
-def resume_command(arguments: Sequence[str] | None) -> str:
-    """The command that continues the one with these ``arguments``."""
-    kept = [part for part in arguments or ["quantize", ".."] if part not in ("--resume", "--force-new")]
-    return shlex.join(["octavo", *kept, "--resume"])
+def costs(report: Report | TuneReport) -> dict[str, str]:
+    """Time by phase, longest first, memory, and the number of warnings, for people."""
+    phases = sorted(report.phases.items(), key=lambda item: -item[1])
+    facts = {
+        "time": f"{duration(report.seconds)} ({', '.join(f'{name} {duration(took)}' for name, took in phases)})",
+        "peak memory": size(report.peak_bytes),
+    }
+    return facts | ({"warnings": f"{len(report.notes)}, shown above"} if report.notes else {})
+
+
+@contextmanager
+def resumable(output: Output, context: typer.Context, what: str) -> Iterator[Callable[[], bool]]:
+    """:func:`graceful_stop` after ``what``; an interruption ends with the command that continues."""
+    kept = [part for part in context.obj or ["quantize", ".."] if part not in ("--resume", "--force-new")]
+    advice = f"\nContinue with: {shlex.join(['octavo', *kept, '--resume'])}"
+    with graceful_stop(output, what) as stop:
+        try:
+            yield stop
+        except Interrupted as error:
+            raise Interrupted(f"{error}{advice}") from error
+        except KeyboardInterrupt as error:
+            raise Interrupted(f"stopped at once; what was saved before is kept.{advice}") from error

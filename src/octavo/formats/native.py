@@ -17,7 +17,8 @@ from typing import Any
 from octavo._core.errors import FormatError, UsageError, did_you_mean
 from octavo._core.io import read_json, sha256_file, write_json
 from octavo.formats.reader import DTYPES, CheckpointReader
-from octavo.weight import Layout, VQWeight
+from octavo.layout import Layout
+from octavo.weight import VQWeight
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "octavo"

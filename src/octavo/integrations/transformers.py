@@ -15,8 +15,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from octavo._core.errors import FormatError, ResourceError, UsageError
 from octavo.formats import native
 from octavo.formats.reader import CheckpointReader, listing
+from octavo.layout import Layout
 from octavo.nn import VQLinear
-from octavo.weight import Layout
 
 Decode = Literal["auto", "dense", "packed"]
 

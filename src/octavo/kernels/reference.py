@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from octavo.kernels.select import Kernel, registry
-from octavo.weight import Layout, VQWeight
+from octavo.layout import Layout
+from octavo.weight import VQWeight
 
 
 def linear(x: Tensor, weight: VQWeight) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from octavo._core.errors import UsageError
 from octavo._core.registry import Registry
-from octavo.weight import Layout, VQWeight
+from octavo.layout import Layout
+from octavo.weight import VQWeight
 
 ENVIRONMENT = "OCTAVO_KERNEL"
 

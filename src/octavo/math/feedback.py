@@ -24,7 +24,12 @@ _LAZY = 128
 
 
 def error_feedback(
-    weight: Tensor, factor: Factor, quantize: BlockQuantizer, width: int = 1, lazy: int = _LAZY
+    weight: Tensor,
+    factor: Factor,
+    quantize: BlockQuantizer,
+    width: int = 1,
+    lazy: int = _LAZY,
+    exact: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Quantize the columns of ``weight`` [out, in] from left to right with second-order compensation.
 
@@ -35,6 +40,7 @@ def error_feedback(
         width: columns quantized together.
         lazy: columns whose errors reach the rest of the matrix in one product; rounded down to whole blocks. Inside
             this span every column is fully compensated when its turn comes, as far as groups look ahead.
+        exact: compensate the columns of a block together; False leaves (R_PP)^-1 out, as if they were independent.
 
     Returns:
         (quantized [out, in], compensated [out, in]): the result, and the values that the quantizer was given.
@@ -57,7 +63,7 @@ def error_feedback(
                     values = block[i:j].T
                     results[i:j] = quantize(values, start + i, block[i:].T).T
                     error = block[i:j] - results[i:j]
-                    if j - i > 1:
+                    if j - i > 1 and exact:
                         # (R_PP)^-1 applied from the right, E R_PP^-1, here transposed.
                         corner = feedback[i:j, i:j].T
                         error = torch.linalg.solve_triangular(corner, error, upper=False, unitriangular=True)

@@ -14,8 +14,8 @@ class Event:
     """One step of a job.
 
     Attributes:
-        kind: ``phase`` begins a phase; ``matrix`` one matrix is done; ``block`` one block is committed; ``note`` is a
-            warning that also goes into the report.
+        kind: ``phase`` begins a phase; ``matrix`` one matrix is done; ``block`` one block is committed; ``step`` one
+            step of tuning is done; ``note`` is a warning that also goes into the report.
         message: one line for people.
         block, blocks: zero-based block index and the number of blocks.
         module: full module name.
@@ -23,9 +23,11 @@ class Event:
         error: relative proxy error of the matrix, tr(E H E^T) / tr(W H W^T).
         seconds: what the step took.
         eta_seconds: estimate for the rest of the job.
+        step, steps: steps of tuning that are done, and how many are planned (None until that is known).
+        loss: divergence on the tokens of the step. kl: on the held-out ones, if they were looked at.
     """
 
-    kind: Literal["phase", "matrix", "block", "note"]
+    kind: Literal["phase", "matrix", "block", "step", "note"]
     message: str
     block: int | None = None
     blocks: int | None = None
@@ -34,6 +36,10 @@ class Event:
     error: float | None = None
     seconds: float | None = None
     eta_seconds: float | None = None
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    kl: float | None = None
 
 
 Progress = Callable[[Event], None]

@@ -14,10 +14,11 @@ from octavo import algorithms
 from octavo._core.errors import UsageError
 from octavo.algorithms import Algorithm
 from octavo.calibration.data import window_length
+from octavo.layout import Layout, SideDtype
 from octavo.models.adapter import CausalModel
 from octavo.models.source import resolve
-from octavo.weight import Layout, SideDtype
 
+DEFAULT_METHOD, DEFAULT_BITS = "vptq", 2.25
 #: A layer that reads what a column-split layer wrote is split along its inputs under tensor parallelism.
 _ROW_PARALLEL = ("o_proj", "down_proj", "c_proj", "out_proj", "dense", "wo", "fc2")
 
@@ -90,8 +91,9 @@ class Plan:
 def plan(
     model: str | Path,
     *,
-    method: str = "vptq",
-    bits: float = 2.25,
+    method: str | None = None,
+    bits: float | None = None,
+    preset: str | None = None,
     options: Mapping[str, Any] | None = None,
     skip: Sequence[str] = (),
     samples: int = 32,
@@ -108,20 +110,34 @@ def plan(
         UsageError: options that do not fit, patterns that match nothing, shapes that ``tensor_parallel`` cannot split.
         FormatError: a checkpoint that is broken or unknown.
     """
-    algorithm = build_algorithm(method, bits, side_dtype, options)
+    algorithm = build_algorithm(method, bits, side_dtype, options, preset)
     source = resolve(model, revision=revision, trust_remote_code=trust_remote_code, work=work)
     causal = CausalModel(source, skip=skip)
     return plan_model(causal, algorithm, samples, window_length(ctx, causal.max_positions), tensor_parallel)
 
 
 def build_algorithm(
-    method: str, bits: float, side_dtype: SideDtype, options: Mapping[str, Any] | None = None
+    method: str | None,
+    bits: float | None,
+    side_dtype: SideDtype,
+    options: Mapping[str, Any] | None = None,
+    preset: str | None = None,
 ) -> Algorithm:
-    """The configured method; options repeat neither ``bits`` nor ``side_dtype``."""
+    """The configured method; options repeat neither ``bits`` nor ``side_dtype``, and change those of a preset.
+
+    Raises:
+        UsageError: unknown names, values out of range, or a preset beside another method or bits.
+    """
     given = dict(options or {})
     for name in ("bits", "side_dtype"):
         if name in given:
             raise UsageError(f"option {name!r} has a parameter of its own; do not repeat it among the method's options")
+    if preset is not None:
+        name, published = algorithms.preset(preset)
+        if bits is not None or method not in (None, name):
+            raise UsageError(f"preset {preset} is method {name} with bits of its own; leave --method and --bits out")
+        method, bits, given = name, published.pop("bits"), {**published, **given}
+    method, bits = method or DEFAULT_METHOD, DEFAULT_BITS if bits is None else bits
     return algorithms.get(method)(bits=bits, side_dtype=side_dtype, **given)
 
 

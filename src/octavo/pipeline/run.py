@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,25 +16,26 @@ from torch import Tensor, nn
 
 import octavo
 from octavo._core import io
-from octavo._core.config import to_dict
+from octavo._core.config import from_dict, to_dict
 from octavo._core.errors import Interrupted, NumericalError, UsageError
 from octavo._core.seeds import generator
 from octavo.algorithms import Algorithm
 from octavo.calibration import capture
 from octavo.calibration.data import Tokens, read_text, window_length, windows
+from octavo.formats import native
+from octavo.layout import Layout, SideDtype
 from octavo.math.hessian import proxy_loss
 from octavo.models.adapter import CausalModel
 from octavo.models.source import resolve
 from octavo.pipeline.events import Clock, Event, Progress
 from octavo.pipeline.output import write_output
 from octavo.pipeline.plan import Plan, build_algorithm, plan_model
-from octavo.pipeline.store import Store, set_aside
-from octavo.weight import Layout, SideDtype, VQWeight
+from octavo.pipeline.store import Store, already_there, no_litter, prepare_work
+from octavo.pipeline.tune import TuneOptions, TuneReport, choose_windows, token_identity, tune_into
+from octavo.weight import VQWeight
 
 #: Sequences per forward pass are chosen so that a batch has about this many tokens.
 _BATCH_TOKENS = 4096
-#: What a work folder may hold.
-_OWN = ("LOCK", "CURRENT", "objects", "source", "output")
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ class Report:
         seconds: wall clock of this run; phases: where it went.
         peak_bytes: largest resident memory of the process.
         notes: warnings that were raised on the way.
+        tuned: what :class:`octavo.pipeline.tune.TuneReport` says, if the model was tuned.
     """
 
     model: str
@@ -75,6 +75,7 @@ class Report:
     token_hash: str | None
     matrices: tuple[MatrixReport, ...]
     notes: tuple[str, ...]
+    tuned: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -85,8 +86,9 @@ def quantize(
     model: str | Path,
     out: str | Path,
     *,
-    method: str = "vptq",
-    bits: float = 2.25,
+    method: str | None = None,
+    bits: float | None = None,
+    preset: str | None = None,
     calib: str | Path = "bundled",
     samples: int = 32,
     ctx: int | None = None,
@@ -98,6 +100,7 @@ def quantize(
     skip: Sequence[str] = (),
     on_bad_hessian: Literal["error", "rtn"] = "error",
     side_dtype: SideDtype = "float16",
+    tune: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
     progress: Progress | None = None,
@@ -111,7 +114,8 @@ def quantize(
     Args:
         model: local folder, hub id, or .gguf file.
         out: new folder in Hugging Face format.
-        method, bits, options, side_dtype: see :mod:`octavo.algorithms`.
+        method, bits, options, side_dtype: see :mod:`octavo.algorithms`; vptq at 2.25 bits unless told otherwise.
+        preset: a published setting in place of method and bits; ``options`` change it.
         calib: ``bundled``, a text or jsonl file (or several, comma-separated), or ``datasets:NAME``.
         samples, ctx: calibration windows and tokens per window (1024, or as many as the model allows).
         seed: of all randomness.
@@ -119,6 +123,9 @@ def quantize(
         keep_work: keep the work folder.
         skip: glob patterns of linear layers to leave as they are.
         on_bad_hessian: what to do with a matrix whose statistics are unusable: stop, or quantize it without them.
+        tune: options of a last stage that tunes the quantized model end to end, see
+            :class:`octavo.pipeline.tune.TuneOptions`; ``{}`` takes its defaults on the text of ``calib``, None has no
+            such stage.
         progress: called with an :class:`Event` for every step.
         stop: asked after every block; True raises Interrupted with everything committed.
 
@@ -126,15 +133,21 @@ def quantize(
         OctavoError: one of its kinds; see :mod:`octavo._core.errors`.
     """
     job = _Job(Path(out), progress or (lambda event: None), stop or (lambda: False), on_bad_hessian, seed)
-    algorithm = build_algorithm(method, bits, side_dtype, options)
+    algorithm = build_algorithm(method, bits, side_dtype, options, preset)
+    tuning = None
+    if tune is not None:
+        tuning = from_dict(TuneOptions, {"calib": str(calib), "ctx": ctx, "seed": seed, **tune}, "tune")
+        tuning.place()
     if on_bad_hessian not in ("error", "rtn"):
         raise UsageError(f"on_bad_hessian wanted 'error' or 'rtn', got {on_bad_hessian!r}")
-    work = job.prepare_work(resume, force_new)
-    with io.disk_errors(work), io.FolderLock(work), _no_litter(work), job.clock.phase("total"):
+    work = prepare_work(job.out, resume, force_new, job.note)
+    with io.disk_errors(work), io.FolderLock(work), no_litter(work), job.clock.phase("total"):
         job.emit("phase", f"reading {model}")
         with job.clock.phase("open"):
             source = resolve(model, revision=revision, trust_remote_code=trust_remote_code, work=work / "source")
             causal = CausalModel(source, skip=skip)
+            if tuning is not None:
+                choose_windows(causal, tuning)
             ctx = window_length(ctx, causal.max_positions)
             the_plan = plan_model(causal, algorithm, samples, ctx)
             for warning in the_plan.warnings:
@@ -147,7 +160,7 @@ def quantize(
                 "method": algorithm.name,
                 "options": to_dict(algorithm),
                 "model": causal.fingerprint(),
-                "calibration": _token_identity(tokens) if tokens else None,
+                "calibration": token_identity(tokens) if tokens else None,
                 "seed": seed,
                 "skip": list(skip),
                 # Not on_bad_hessian: what is committed did not need it, and its error advises to resume with the other.
@@ -158,13 +171,14 @@ def quantize(
                 for note in [*store.notes, *(n for entry in store.state.blocks for n in entry["notes"])]:
                     job.note(note)
                 if os.path.lexists(job.out) and len(store.state.blocks) < len(causal.blocks):
-                    raise UsageError(_exists(job.out))
+                    raise UsageError(already_there(job.out))
             else:
                 io.require_space(job.out.parent, the_plan.file_bytes + the_plan.work_bytes, "the job (output and work)")
                 _preflight(causal, the_plan)
                 store.create()
         job.run_blocks(causal, algorithm, the_plan, store, tokens)
-        job.emit("phase", f"writing and verifying {job.out}")
+        finished = job.out if tuning is None else work / "quantized"
+        job.emit("phase", f"writing and verifying {finished}")
         with job.clock.phase("write"):
             details = {
                 "bits": algorithm.bits,
@@ -174,38 +188,33 @@ def quantize(
                 "source": source.name,
             }
             layouts = {m.module: m.layout for m in the_plan.matrices}
-            file_bytes = write_output(job.out, causal, layouts, store, algorithm.name, details)
+            quantization = native.quantization_config(layouts, algorithm.name, details)
+            file_bytes = write_output(finished, work, source, _tensors(causal, store), quantization)
+        tuned = None
+        if tuning is not None:
+            with job.clock.phase("tune"):
+                # Its state goes when the work folder goes.
+                folder = work / "tuning"
+                folder.mkdir(exist_ok=True)
+                tuned = tune_into(
+                    job.out, finished, source, tuning, folder, job.emit, job.stop, job.notes, keep_work=True
+                )
         if not keep_work:
             store.remove()
-    return job.report(source.name, algorithm, the_plan, store, tokens, file_bytes)
-
-
-def _token_identity(tokens: Tokens) -> dict[str, Any]:
-    windows, ctx = tokens.ids.shape
-    return {"samples": windows, "ctx": ctx, "tokens": tokens.sha256}
-
-
-@contextmanager
-def _no_litter(work: Path) -> Iterator[None]:
-    """Take the work folder away again when a job fails before there is anything to resume."""
-    try:
-        yield
-    except BaseException:
-        if os.listdir(work) == ["LOCK"]:
-            shutil.rmtree(work)
-        raise
-
-
-def _exists(out: Path) -> str:
-    return (
-        f"{out} exists already. Octavo never overwrites: choose another output or remove it first. (If it is the "
-        f"finished output of an earlier run, as `octavo verify {out}` can tell, there is nothing to resume.)"
-    )
+    return job.report(source.name, algorithm, the_plan, store, tokens, file_bytes, tuned)
 
 
 def _calibration(causal: CausalModel, calib: str, samples: int, ctx: int, seed: int) -> Tokens:
     text = read_text(calib)
     return windows(causal.tokenizer(), text, ctx, samples, seed, limit=causal.max_positions, source=calib)
+
+
+def _tensors(causal: CausalModel, store: Store) -> Iterator[tuple[str, Tensor]]:
+    """Everything that the output holds: first what is left as it is."""
+    for name in causal.kept():
+        yield causal.model_name(name), causal.reader.read(name)
+    for entry in store.state.blocks:
+        yield from store.get_tensors(entry["object"]).items()
 
 
 def _preflight(causal: CausalModel, the_plan: Plan) -> None:
@@ -229,49 +238,13 @@ class _Job:
         self.notes: list[str] = []
 
     def emit(self, kind: Any, message: str, **values: Any) -> None:
+        if kind == "note":
+            self.notes.append(message)
         self.progress(Event(kind, message, **values))
 
     def note(self, message: str) -> None:
         """A warning, shown now and kept in the report."""
-        self.notes.append(message)
         self.emit("note", message)
-
-    def prepare_work(self, resume: bool, force_new: bool) -> Path:
-        """Refuse to overwrite anything; returns the work folder, made if need be."""
-        out = self.out
-        work = out.with_name(out.name + ".work")
-        begun = (work / "CURRENT").exists()
-        # A job that was killed between its last two steps has its finished output beside its work folder.
-        if os.path.lexists(out) and not (begun and resume):
-            raise UsageError(_exists(out))
-        if not out.parent.is_dir():
-            raise UsageError(f"the folder {out.parent} for the output does not exist; create it first.")
-        if begun and not resume:
-            # Under the lock: another process may be at work in there.
-            with io.FolderLock(work):
-                if not force_new:
-                    raise UsageError(
-                        f"{work} holds an unfinished job. Repeat the command with --resume to continue it, or with "
-                        "--force-new to set it aside and start again."
-                    )
-                self.note(f"set the unfinished job aside as {set_aside(work).name}")
-        elif resume and not begun:
-            self.note(f"nothing to resume in {work.name}: starting from the beginning")
-        try:
-            with io.disk_errors(work):
-                work.mkdir(exist_ok=True)
-            strangers = sorted(path.name for path in work.iterdir() if path.name not in _OWN and path.name[0] != ".")
-        except OSError as error:
-            raise UsageError(
-                f"cannot create the work folder {work}: {os.strerror(error.errno or 0)}. Choose an output in a folder "
-                "that you may write to."
-            ) from error
-        if strangers:
-            raise UsageError(
-                f"{work}, where the job's state would go, holds files that are not Octavo's "
-                f"({', '.join(strangers[:3])}). Move it away or choose another output."
-            )
-        return work
 
     # ---------------------------------------------------------------- blocks
 
@@ -410,7 +383,14 @@ class _Job:
     # ---------------------------------------------------------------- report
 
     def report(
-        self, model: str, algorithm: Algorithm, the_plan: Plan, store: Store, tokens: Tokens | None, file_bytes: int
+        self,
+        model: str,
+        algorithm: Algorithm,
+        the_plan: Plan,
+        store: Store,
+        tokens: Tokens | None,
+        file_bytes: int,
+        tuned: TuneReport | None,
     ) -> Report:
         """Everything that is known at the end, including blocks of earlier, interrupted runs."""
         stored = [row for entry in store.state.blocks for row in entry["matrices"]]
@@ -422,7 +402,7 @@ class _Job:
             output=str(self.out),
             method=algorithm.name,
             bits_per_weight=the_plan.bits_per_weight,
-            file_bytes=file_bytes,
+            file_bytes=tuned.file_bytes if tuned else file_bytes,
             seconds=phases.pop("total"),
             phases=phases,
             peak_bytes=peak,
@@ -430,4 +410,5 @@ class _Job:
             token_hash=tokens.sha256 if tokens else None,
             matrices=tuple(rows),
             notes=tuple(self.notes),
+            tuned=tuned.to_dict() if tuned else None,
         )

@@ -1,4 +1,4 @@
-"""The work directory of a quantization job: content-addressed, committed block by block, resumable.
+"""The work directory of a job: content-addressed, committed block by block (or step by step), resumable.
 
 ``objects/<sha256>`` holds immutable files, ``CURRENT`` names the newest manifest and is the only commit point. A
 manifest lists everything that a resume needs and names its predecessor, so that a damaged object costs one block, not
@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,25 @@ from octavo._core.errors import FormatError, ResourceError, UsageError
 
 STORE_VERSION = 1
 _HASH_CHARS = 64
+#: What a work folder may hold.
+_OWN = ("LOCK", "CURRENT", "objects", "source", "output", "quantized", "tuning")
 
 
 @dataclass
 class State:
-    """What has been committed: one entry per finished block, and the object with the hidden states that leave it."""
+    """What has been committed.
+
+    Attributes:
+        blocks: of a quantization, one entry per finished block. hidden: the object with the states that leave the last.
+        tuning: of a tuning, how far it is; ``step`` and ``objects`` (purpose -> object name) are known here.
+    """
 
     blocks: list[dict[str, Any]] = field(default_factory=list)
     hidden: str | None = None
+    tuning: dict[str, Any] | None = None
+
+    def __str__(self) -> str:
+        return f"{len(self.blocks)} finished blocks" if self.tuning is None else f"tuning step {self.tuning['step']}"
 
 
 class Store:
@@ -75,15 +87,15 @@ class Store:
                 )
             self._check_identity(manifest)
             damaged = [o for o in _referenced(manifest) if not self._intact(o)]
+            state = State(manifest["blocks"], manifest["hidden"], manifest.get("tuning"))
             if not damaged:
-                self.state = State(manifest["blocks"], manifest["hidden"])
-                self._manifest = name
+                self.state, self._manifest = state, name
                 for leftover in self._objects.glob(".*.tmp"):
                     leftover.unlink()
                 return
             self.notes.append(
                 f"work folder: object {damaged[0][:12]} is missing or damaged; going back from "
-                f"{len(manifest['blocks'])} finished blocks to the state before"
+                f"{state} to the state before"
             )
             name = manifest["previous"]
         raise FormatError(
@@ -149,6 +161,11 @@ class Store:
         self.state.hidden = hidden
         self._commit()
 
+    def commit_tuning(self, entry: dict[str, Any]) -> None:
+        """Make the state of a tuning durable, in place of the one before."""
+        self.state.tuning = entry
+        self._commit()
+
     def _commit(self) -> None:
         manifest = {
             "store_version": STORE_VERSION,
@@ -157,6 +174,8 @@ class Store:
             "blocks": self.state.blocks,
             "hidden": self.state.hidden,
         }
+        if self.state.tuning is not None:
+            manifest["tuning"] = self.state.tuning
         data = json.dumps(manifest, sort_keys=True).encode()
         name = hashlib.sha256(data).hexdigest()
         io.write_bytes(self._objects / name, data)
@@ -191,7 +210,72 @@ def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def _referenced(manifest: Mapping[str, Any]) -> list[str]:
     objects = [entry["object"] for entry in manifest["blocks"]]
-    return [*objects, *([manifest["hidden"]] if manifest["hidden"] else [])]
+    tuning = manifest.get("tuning") or {"objects": {}}
+    return [*objects, *([manifest["hidden"]] if manifest["hidden"] else []), *tuning["objects"].values()]
+
+
+# -------------------------------------------------------------------------------------------------- the folder itself
+
+
+def prepare_work(out: Path, resume: bool, force_new: bool, note: Callable[[str], None]) -> Path:
+    """The work folder ``OUT.work`` of a job that will write ``out``, made if need be; ``note`` takes warnings.
+
+    Raises:
+        UsageError: ``out`` exists, an unfinished job that is neither to be resumed nor to be set aside, a folder that
+            cannot be made or holds other people's files.
+    """
+    work = out.with_name(out.name + ".work")
+    begun = (work / "CURRENT").exists()
+    # A job that was killed between its last two steps has its finished output beside its work folder.
+    if os.path.lexists(out) and not (begun and resume):
+        raise UsageError(already_there(out))
+    if not out.parent.is_dir():
+        raise UsageError(f"the folder {out.parent} for the output does not exist; create it first.")
+    if begun and not resume:
+        # Under the lock: another process may be at work in there.
+        with io.FolderLock(work):
+            if not force_new:
+                raise UsageError(
+                    f"{work} holds an unfinished job. Repeat the command with --resume to continue it, or with "
+                    "--force-new to set it aside and start again."
+                )
+            note(f"set the unfinished job aside as {set_aside(work).name}")
+    elif resume and not begun:
+        note(f"nothing to resume in {work.name}: starting from the beginning")
+    try:
+        with io.disk_errors(work):
+            work.mkdir(exist_ok=True)
+        strangers = sorted(path.name for path in work.iterdir() if path.name not in _OWN and path.name[0] != ".")
+    except OSError as error:
+        raise UsageError(
+            f"cannot create the work folder {work}: {os.strerror(error.errno or 0)}. Choose an output in a folder "
+            "that you may write to."
+        ) from error
+    if strangers:
+        raise UsageError(
+            f"{work}, where the job's state would go, holds files that are not Octavo's "
+            f"({', '.join(strangers[:3])}). Move it away or choose another output."
+        )
+    return work
+
+
+def already_there(out: Path) -> str:
+    """Why an output that exists is refused."""
+    return (
+        f"{out} exists already. Octavo never overwrites: choose another output or remove it first. (If it is the "
+        f"finished output of an earlier run, as `octavo verify {out}` can tell, there is nothing to resume.)"
+    )
+
+
+@contextmanager
+def no_litter(work: Path) -> Iterator[None]:
+    """Take the work folder away again when a job fails before there is anything to resume."""
+    try:
+        yield
+    except BaseException:
+        if os.listdir(work) == ["LOCK"]:
+            shutil.rmtree(work)
+        raise
 
 
 def set_aside(folder: Path) -> Path:

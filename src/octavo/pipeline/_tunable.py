@@ -1,0 +1,158 @@
+"""A linear layer whose quantized matrix can be trained in everything but its indices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from octavo._core.errors import UsageError
+from octavo.formats.reader import listing
+from octavo.stored import decode_codebooks
+from octavo.weight import VQWeight
+
+#: What can be trained.
+PARTS = ("books", "scales", "biases", "norms")
+
+
+def check_parts(train: Sequence[str]) -> tuple[str, ...]:
+    """The parts in their usual order.
+
+    Raises:
+        UsageError: an unknown one, or none.
+    """
+    unknown = [part for part in train if part not in PARTS]
+    if unknown or not train:
+        raise UsageError(f"train wanted some of {', '.join(PARTS)}, got {listing(unknown) if unknown else 'nothing'}.")
+    return tuple(part for part in PARTS if part in train)
+
+
+def part_of(tensor: str) -> str | None:
+    """Which of :data:`PARTS` a tensor of a layout belongs to; None for indices and other integers, which never move."""
+    if tensor.startswith("codebook_") or tensor == "outlier_codebook":
+        return "books"
+    if tensor in ("block_scale", "block_scale_low", "block_scale_step", "channel_scale", "channel_offset"):
+        return "scales"
+    return "biases" if tensor == "bias" else None
+
+
+def straight_through(value: Tensor, stored: Tensor) -> Tensor:
+    """``stored``, what the file will hold of ``value``, with the gradient of ``value``."""
+    return stored + (value - value.detach())
+
+
+class RoundTo(nn.Module):
+    """A parametrization: float32 inside, seen as the stored dtype can hold it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def forward(self, value: Tensor) -> Tensor:
+        """``value`` rounded to the stored dtype, in float32."""
+        return straight_through(value, value.detach().to(self._dtype).float())
+
+
+class TunableLinear(nn.Module):
+    """``y = x W^T + bias`` with W decoded at every call from float32 parameters, differentiable in all of them.
+
+    The forward pass sees every trained tensor as it will be stored (int8 codebooks, float16 scales), so what is
+    measured is what is written; gradients go straight through the rounding.
+
+    Args:
+        weight: the quantized matrix; its integers are kept as they are.
+        train: the :data:`PARTS` that become parameters.
+        name: the module's name, for messages.
+    """
+
+    def __init__(self, weight: VQWeight, train: Sequence[str], name: str) -> None:
+        super().__init__()
+        self.start = weight
+        self.name = name
+        #: Decode the matrix as it was before tuning.
+        self.at_start = False
+        #: Keep only the input for the backward pass, and decode the matrix again in it.
+        self.decode_again = False
+        free = weight.relaxed()
+        self._free = free.layout
+        for key, tensor in free.tensors.items():
+            if part_of(key) in train:
+                # A copy: relaxed tensors may be those of the weight, which must stay as they are.
+                self.register_parameter(key, nn.Parameter(tensor.clone()))
+            else:
+                self.register_buffer(key, tensor)
+
+    def relaxed(self) -> VQWeight:
+        """The weight in float32 before it is rounded to what is stored."""
+        return VQWeight(self._free, {key: getattr(self, key) for key in self._free.tensors()})
+
+    def current(self) -> VQWeight:
+        """The weight to compute with, in float32."""
+        if self.at_start:
+            return self.start.relaxed()
+        free, tensors, stored = self._free, self.relaxed().tensors, self.rounded().relaxed()
+        trained = {key for key, _ in self.named_parameters(recurse=False)}
+        if "codebook_coefficient_0" in trained:
+            # Rounding moves scale between coefficients and basis; only their products have stored counterparts.
+            free = replace(free, codebook_rank=0)
+            tensors = _without_rank(tensors, decode_codebooks(self._free, 0, tensors))
+            stored = VQWeight(free, _without_rank(stored.tensors, stored.codebook(0)))
+            trained.add("codebook_0")
+        rounded = {key: straight_through(tensors[key], stored.tensors[key]) for key in tensors.keys() & trained}
+        return VQWeight(free, {**tensors, **rounded})
+
+    @torch.no_grad()
+    def rounded(self) -> VQWeight:
+        """The weight in its original layout; what was not trained is what it was, bit for bit.
+
+        Raises:
+            NumericalError: values that the stored dtypes cannot hold.
+        """
+        layout = self.start.layout
+        parts = {part_of(key) for key, _ in self.named_parameters(recurse=False)}
+        detached = {key: tensor.detach() for key, tensor in self.relaxed().tensors.items()}
+        tensors = VQWeight(self._free, detached).rounded(layout, self.name)
+        kept = {key: tensor for key, tensor in self.start.tensors.items() if part_of(key) not in parts}
+        return VQWeight(layout, {**tensors.tensors, **kept})
+
+    def unit(self, key: str) -> float:
+        """What a learning rate of 1 means for parameter ``key``: its root mean square, or 1 for logarithms of scales.
+
+        Tensors of zeros (biases, offsets) take the root mean square of the matrix.
+        """
+        value = getattr(self, key)
+        if key == "block_scale_low":
+            return 1.0
+        if key == "block_scale_step":
+            block = self._free.block_scale
+            assert block is not None
+            # Codes multiply it, half of the largest one on average.
+            return 2.0 / ((1 << block.log2_bits) - 1)
+        return root_mean_square(value) or root_mean_square(self.start.dequantize()) or 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply [.., in_features] floats."""
+        if self.decode_again and torch.is_grad_enabled():
+            # There is no dropout whose random numbers would have to come again.
+            again: Any = checkpoint(self._multiply, x, use_reentrant=False, preserve_rng_state=False)
+            return again
+        return self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        weight = self.current()
+        return functional.linear(x, weight.dequantize(), weight.bias)
+
+
+def _without_rank(tensors: Mapping[str, Tensor], codebook: Tensor) -> dict[str, Tensor]:
+    low_rank = ("codebook_coefficient_0", "codebook_basis_0")
+    return {key: tensor for key, tensor in tensors.items() if key not in low_rank} | {"codebook_0": codebook}
+
+
+def root_mean_square(value: Tensor) -> float:
+    """The square root of the mean square of all numbers."""
+    return float(value.detach().square().mean().sqrt())

@@ -1,0 +1,1 @@
+"""Studies: measurements that answer a question, as JSON, tables and a plot."""
