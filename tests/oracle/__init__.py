@@ -1,1 +1,1 @@
-"""Textbook versions in float64 numpy, written from the papers; they share no code with the package."""
+"""Textbook versions in float64, written from the papers; they share no code with the package."""

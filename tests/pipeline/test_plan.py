@@ -209,3 +209,12 @@ def test_large_weights_fit_bfloat16_side_data(tiny_llama: Path, tmp_path: Path) 
     weight = dict(native.read_weights(tmp_path / "out"))["model.layers.1.mlp.down_proj"]
     original = CheckpointReader(model).read("model.layers.1.mlp.down_proj.weight")
     assert float((weight.dequantize() - original).norm() / original.norm()) < 0.15
+
+
+def test_a_preset_stands_for_method_bits_and_options_and_options_change_it(tiny_llama: Path) -> None:
+    made = plan(tiny_llama, preset="2d-3.125", options={"rounds": 0})
+    assert (made.method, made.options["bits"], made.options["centroids"]) == ("gptvq", 3.125, 64)
+    assert made.options["rounds"] == 0
+    for clash in ({"bits": 3.0}, {"method": "vptq"}):
+        with pytest.raises(UsageError, match="preset 2d-3.125 is method gptvq"):
+            plan(tiny_llama, preset="2d-3.125", **clash)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from octavo._core.errors import NumericalError, UsageError
-from octavo.algorithms import get
+from octavo.algorithms import get, preset, registry
 from octavo.algorithms._books import BookMap, least_squares
 from octavo.layout import BlockScale, Layout
 from octavo.math.hessian import proxy_loss
@@ -537,3 +537,25 @@ def test_each_part_lowers_the_loss_where_it_should(part: str) -> None:
     cases = [_case(64, 96, seed, **kind) for seed in range(6)]
     gain = _mean_loss(cases, **_PLAIN | without) / _mean_loss(cases, **_PLAIN | using)
     assert gain > 1.01
+
+
+# ---------------------------------------------------------------- published settings
+
+
+@pytest.mark.parametrize("name", sorted(registry.get("gptvq").presets))
+def test_a_preset_is_what_its_name_says_and_its_true_bits_are_shown(name: str) -> None:
+    method, options = preset(name)
+    d, bits = name.removesuffix("-s64").split("-")
+    layout = get(method)(**options).layout((4096, 4096))
+    assert (layout.direction, layout.vector_length, options["bits"]) == ("row", int(d[0]), float(bits))
+    assert layout.nominal_bits == int(float(bits))
+    assert (layout.block_scale == BlockScale(64, 0, 4)) == name.endswith("-s64")
+    # What the authors leave out: a float16 scale per codebook, and two numbers per column of scale blocks.
+    assert layout.tile is not None
+    books = 16 / (layout.tile[0] * layout.tile[1])
+    assert layout.bits_per_weight == pytest.approx(float(bits) + books, abs=2e-4)
+
+
+def test_an_unknown_preset_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(UsageError, match=r"unknown preset '4d-2\.26'.*Did you mean '4d-2\.25'"):
+        preset("4d-2.26")

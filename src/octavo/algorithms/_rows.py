@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -101,7 +101,9 @@ class RowCoder:
     def run(self) -> dict[str, Tensor]:
         """All passes; returns the tensors of the layout, the bias apart."""
         best = None
-        for number in range(self.options.rounds + 1):
+        # Codebooks that are not updated would only be given the same codes again.
+        rounds = 0 if self.options.update == "none" else self.options.rounds
+        for number in range(rounds + 1):
             loss = self._pass(fits=number == 0)
             loss = self._update(loss)
             if best is None or loss < best[0]:
@@ -204,8 +206,7 @@ class RowCoder:
         """Codebooks [n, k, v] as their stored form decodes; low-rank ones are rounded at the end."""
         if self.layout.codebook_rank:
             return books
-        plain = replace(self.layout, codebook_rank=0)
-        return decode_codebooks(plain, 0, store_codebooks(plain, 0, books, f"{self.name}: codebooks"))
+        return decode_codebooks(self.layout, 0, store_codebooks(self.layout, 0, books, f"{self.name}: codebooks"))
 
     def _fit_scales(self, block: int, upcoming: Tensor, position: int) -> None:
         """log2 scales of a block of columns: 16 steps between the smallest and the largest of all rows."""
