@@ -21,8 +21,8 @@ _SCALE_BITS = 4
 #: From this length on, a codebook is too large for a few rows.
 _LONG = 4
 _SCALE_COLUMNS = 512
-#: How much a matrix's size counts when bits are shared out. On SmolLM2 at 2.25 bits 0.5 gave a KL of 0.93 and 0.98 in two
-#: runs and 1 gave 1.04; vptq, whose codebooks belong to whole matrices, did better with 1 (1.04 against 1.11).
+#: How much a matrix's size counts when bits are shared out. On SmolLM2 at 2.25 bits 0.5 gave a KL of 0.93 and 0.98 in
+#: two runs and 1 gave 1.04; vptq, whose codebooks belong to whole matrices, did better with 1 (1.04 against 1.11).
 _SIZE_POWER = 0.5
 #: Largest codebook that is chosen without being asked for: the fit takes time in proportion to its size.
 _MAX_AUTO_BITS = 12
