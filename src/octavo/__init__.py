@@ -1,7 +1,7 @@
 """Octavo: vector quantization of large language models at 1.5 to 4 bits per weight.
 
-After ``import octavo``, ``transformers.AutoModelForCausalLM.from_pretrained`` loads Octavo checkpoints. Everything
-below is imported at first use, so the import itself costs nothing.
+After ``import octavo``, ``transformers.AutoModelForCausalLM.from_pretrained`` loads the checkpoints of Octavo and of
+VPTQ. Everything below is imported at first use, so the import itself costs nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from octavo.integrations.transformers import load
     from octavo.layout import Layout
     from octavo.pipeline import plan, quantize
+    from octavo.pipeline.convert import convert
     from octavo.pipeline.tune import tune
     from octavo.weight import VQWeight
 
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "algorithms",
     "compare",
+    "convert",
     "errors",
     "evaluate",
     "load",
@@ -40,6 +42,7 @@ _WHERE = {
     "Layout": "octavo.layout",
     "VQWeight": "octavo.weight",
     "compare": "octavo.integrations.api",
+    "convert": "octavo.pipeline.convert",
     "evaluate": "octavo.integrations.api",
     "load": "octavo.integrations.transformers",
     "plan": "octavo.pipeline",

@@ -14,6 +14,9 @@ from octavo.math.pack import pack, unpack
 
 #: int4 codebook entries are stored as unsigned numbers; this one is zero.
 _INT4_ZERO = 8
+#: The options that choose the stored dtype, with a value of a wider range than float16.
+_WIDE_SIDE = "--side-dtype bfloat16"
+_WIDE_BOOKS = "--set codebook_dtype=bfloat16"
 
 
 def index_dtype_to_int64(permutation: Tensor) -> Tensor:
@@ -22,8 +25,10 @@ def index_dtype_to_int64(permutation: Tensor) -> Tensor:
     return wide & 0xFFFF if permutation.dtype == torch.int16 else wide
 
 
-def to_stored(value: Tensor, dtype: torch.dtype, what: str) -> Tensor:
-    """Cast to a stored float dtype.
+def to_stored(
+    value: Tensor, dtype: torch.dtype, what: str, remedy: str = f"{_WIDE_SIDE} (for codebooks: {_WIDE_BOOKS})"
+) -> Tensor:
+    """Cast to a stored float dtype; errors call it ``what`` and advise ``remedy``, the option that widens its range.
 
     Raises:
         NumericalError: a value that is finite now and would not be after the cast, or all of them vanishing.
@@ -32,12 +37,12 @@ def to_stored(value: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     if bool(value.any()) and not bool(stored.any()):
         raise NumericalError(
             f"{what}: every value is below the range of {dtype} (largest magnitude {float(value.abs().max()):.3g}) and "
-            "would be stored as zero. Use --side-dtype bfloat16."
+            f"would be stored as zero. Use {remedy}."
         )
     if not bool(torch.isfinite(stored).all()):
         raise NumericalError(
             f"{what}: {int((~torch.isfinite(stored)).sum())} values are not finite in {dtype} (largest magnitude "
-            f"{float(value.abs().max()):.3g}). Use --side-dtype bfloat16, or check the weights for non-finite values."
+            f"{float(value.abs().max()):.3g}). Use {remedy}, or check the weights for non-finite values."
         )
     return stored
 
@@ -81,9 +86,9 @@ def store_codebooks(layout: Layout, stage: int, centroids: Tensor, where: str) -
     """
     name, dtype = f"codebook_{stage}", layout.codebook_dtype
     if dtype not in ("int8", "int4"):
-        return {name: to_stored(centroids, DTYPES[dtype], where)}
+        return {name: to_stored(centroids, DTYPES[dtype], where, _WIDE_BOOKS)}
     top = 127 if dtype == "int8" else 7
-    scale = to_stored(centroids.abs().amax(dim=(1, 2)) / top, DTYPES[layout.side_dtype], where)
+    scale = to_stored(centroids.abs().amax(dim=(1, 2)) / top, DTYPES[layout.side_dtype], where, _WIDE_SIDE)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     integers = (centroids / scale.float().view(-1, 1, 1)).round().clamp(-top, top)
     stored = integers.to(torch.int8) if dtype == "int8" else pack(integers.long().reshape(1, -1) + _INT4_ZERO, 4)
@@ -105,8 +110,8 @@ def store_low_rank(layout: Layout, coefficients: Tensor, basis: Tensor, where: s
         basis = basis * scale.view(-1, 1, 1)
         coefficients = (coefficients / scale).round().clamp(-127, 127)
     return {
-        "codebook_coefficient_0": to_stored(coefficients, dtype, f"{where}: codebook coefficients"),
-        "codebook_basis_0": to_stored(basis, DTYPES[layout.side_dtype], f"{where}: codebook basis"),
+        "codebook_coefficient_0": to_stored(coefficients, dtype, f"{where}: codebook coefficients", _WIDE_BOOKS),
+        "codebook_basis_0": to_stored(basis, DTYPES[layout.side_dtype], f"{where}: codebook basis", _WIDE_SIDE),
     }
 
 

@@ -6,7 +6,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,29 +35,45 @@ def failing_at(number: int) -> Callable[[], None]:
     return act
 
 
+@contextmanager
+def before_each_write(act: Callable[[], None]) -> Iterator[None]:
+    """Call ``act`` before everything that needs room on the disk; making a folder that exists does not."""
+    real = os.mkdir
+    with before_each(WRITES, act), pytest.MonkeyPatch.context() as patch:
+        watched = os.mkdir
+
+        def mkdir(path: str | os.PathLike[str], mode: int = 0o777) -> None:
+            (real if os.path.isdir(path) else watched)(path, mode)
+
+        patch.setattr(os, "mkdir", mkdir)
+        yield
+
+
 def test_a_disk_that_is_full_at_any_write_costs_nothing_but_the_resume(tiny_llama: Path, tmp_path: Path) -> None:
     """Faults 40 and 44: the first write, the second, and so on to the last."""
     run(tiny_llama, tmp_path / "whole")
     expected = digests(tmp_path / "whole")
-    number = 0
-    while True:
-        number += 1
+    writes: list[None] = []
+    with before_each_write(lambda: writes.append(None)):
+        run(tiny_llama, tmp_path / "counted")
+    assert len(writes) > 30
+    # As many as were counted, all of which must end the job: not until the first that does not.
+    for number in range(1, len(writes) + 1):
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / "precious.txt").write_text("of the user")
-        with before_each(WRITES, failing_at(number)):
-            try:
-                run(tiny_llama, folder / "out")
-                break
-            except ResourceError as error:
-                message = str(error)
+        with before_each_write(failing_at(number)), pytest.raises(ResourceError) as caught:
+            run(tiny_llama, folder / "out")
+        message = str(caught.value)
         assert "No space left on device" in message and "--resume" in message and str(folder) in message, number
-        assert not list(folder.rglob("*.tmp")), "its own temporary files are gone"
+        assert not list(folder.rglob("*.tmp")), f"{number}: its own temporary files are gone"
+        assert not (folder / "out.work" / "output").exists(), f"{number}: so is what was written of the output"
         run(tiny_llama, folder / "out", resume=True)
         assert digests(folder / "out") == expected, number
         assert sorted(path.name for path in folder.iterdir()) == ["out", "precious.txt"]
-    assert digests(tmp_path / str(number) / "out") == expected
-    assert number > 30
+    with before_each_write(failing_at(len(writes) + 1)):
+        run(tiny_llama, tmp_path / "beyond")
+    assert digests(tmp_path / "beyond") == expected
 
 
 def test_hidden_states_that_do_not_fit_leave_the_block_before_committed(

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from faults.jobs import RTN, digests, gptq, make_quick, run, stop_after, vptq, with_tensors
-from octavo import algorithms
+from octavo import algorithms, formats
 from octavo._core.errors import Interrupted, NumericalError
 from octavo._core.seeds import generator
-from octavo.formats import native
 from octavo.formats.reader import CheckpointReader
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -182,7 +181,7 @@ def test_a_layer_of_zeros_passes_through_the_whole_job(
     report = run(
         model, tmp_path / "out", {"rtn": RTN, "gptq": gptq(tiny_text_file), "vptq": vptq(tiny_text_file)}[method]
     )
-    weights = dict(native.read_weights(tmp_path / "out"))
+    weights = dict(formats.read_weights(tmp_path / "out"))
     assert torch.equal(weights["model.layers.0.self_attn.v_proj"].dequantize(), torch.zeros(32, 64))
     source = CheckpointReader(model)
     for name, column in (("q_proj", slice(5, 6)), ("o_proj", slice(None))):

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from faults.jobs import digests, gptq, make_quick, run, with_config
+from octavo import formats
 from octavo._core.errors import UsageError
-from octavo.formats import native
 from octavo.models.adapter import CausalModel
 from octavo.pipeline import Event
 from octavo.pipeline import run as pipeline_run
@@ -99,7 +99,7 @@ def test_an_output_that_comes_into_being_meanwhile_is_not_overwritten(
     assert (out / "thesis.txt").read_text() == "the only copy"
     shutil.rmtree(out)
     run(tiny_llama, out, resume=True)
-    native.verify(out)
+    formats.verify(out)
 
 
 def test_a_foreign_output_beside_an_unfinished_job_is_refused_before_more_work(
@@ -198,7 +198,7 @@ def test_published_files_say_nothing_of_paths_people_and_tokens(
         assert [word for word in forbidden if word.encode() in content] == [], path.name
     plain = {key: value for key, value in report.to_dict().items() if key != "output"}
     assert [word for word in forbidden if word in json.dumps(plain)] == []
-    assert native.read_config(tmp_path / "out").details["source"] == "model"
+    assert formats.check(tmp_path / "out").details["source"] == "model"
 
 
 def test_another_folder_of_the_same_model_gives_the_same_fingerprint_and_bytes(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo import formats
 from octavo.formats import native
 from octavo.formats.writer import ShardWriter
 from octavo.weight import VQWeight
@@ -39,7 +40,7 @@ def write_native(
     layouts = {module: weight.layout for module, weight in weights.items()}
     quantization = native.quantization_config(layouts, method, {"seed": 0})
     (folder / "config.json").write_text(json.dumps({**(config or {}), "quantization_config": quantization}))
-    native.write_manifest(folder)
+    formats.write_manifest(folder)
 
 
 def edit_json(path: Path, change: Callable[[Any], Any]) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from formats.checkpoints import edit_header, edit_json, write_native
 from formats.strategies import layouts, random_weight, raw
+from octavo import formats
 from octavo._core.errors import FormatError, UsageError
 from octavo.formats import native
 from octavo.formats.reader import CheckpointReader
@@ -61,8 +62,8 @@ def test_random_weights_come_back_bit_for_bit(
     folder = tmp_path_factory.mktemp("round")
     weights = {f"m.{i}.proj": random_weight(layout, seed + i) for i, layout in enumerate(drawn)}
     write_native(folder, weights, max_shard_bytes=limit)
-    native.verify(folder)
-    back = dict(native.read_weights(folder))
+    formats.verify(folder)
+    back = dict(formats.read_weights(folder))
     assert list(back) == list(weights)
     for module, weight in weights.items():
         assert back[module].layout == weight.layout
@@ -93,10 +94,10 @@ def test_details_must_be_json(details: dict[str, Any]) -> None:
 
 
 def test_golden_checkpoint_decodes_to_the_stored_numbers(golden: Path) -> None:
-    native.verify(golden / "checkpoint")
+    formats.verify(golden / "checkpoint")
     wanted = load_file(golden / "decoded.safetensors")
     hashes = json.loads((golden / "decoded.json").read_text())
-    weights = dict(native.read_weights(golden / "checkpoint"))
+    weights = dict(formats.read_weights(golden / "checkpoint"))
     assert weights.keys() == wanted.keys() == hashes.keys()
     for module, weight in weights.items():
         matrix = weight.dequantize()
@@ -106,7 +107,7 @@ def test_golden_checkpoint_decodes_to_the_stored_numbers(golden: Path) -> None:
 
 def test_golden_numbers_are_those_of_the_independent_decoder(golden: Path) -> None:
     stored = load_file(golden / "decoded.safetensors")
-    for module, weight in native.read_weights(golden / "checkpoint"):
+    for module, weight in formats.read_weights(golden / "checkpoint"):
         wanted = decode(weight.layout.to_dict(), raw(weight))
         np.testing.assert_allclose(stored[module].numpy(), wanted, rtol=0, atol=1e-6)
 
@@ -124,7 +125,7 @@ def test_golden_checkpoint_is_written_to_the_same_bytes_today(golden: Path, tmp_
 
 
 def test_golden_config_is_what_quantization_config_writes(golden: Path) -> None:
-    config = native.read_config(golden / "checkpoint")
+    config = formats.check(golden / "checkpoint")
     again = native.quantization_config(config.layouts, config.method, config.details)
     assert {**again, "octavo_version": config.raw["octavo_version"]} == config.raw
 
@@ -137,14 +138,14 @@ def test_other_format_versions_are_refused_naming_both(folder: Path, version: An
     change: dict[str, Any] = {"format_version": version, "octavo_version": "9.9"}
     edit_json(folder / "config.json", lambda c: c["quantization_config"].update(change))
     with pytest.raises(FormatError, match=rf"format version {version!r} .*Octavo 9\.9.*reads format version 1"):
-        native.check(folder)
+        formats.check(folder)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q.update(quant_method="gptq"), "no Octavo checkpoint .*'gptq'"),
-        (lambda q: q.pop("quant_method"), "no Octavo checkpoint .*None"),
+        (lambda q: q.update(quant_method="gptq"), "no quantized checkpoint .*'gptq'"),
+        (lambda q: q.pop("quant_method"), "no quantized checkpoint .*None"),
         (lambda q: q.update(layout=[]), "unknown key 'layout'.*Did you mean 'layouts'"),
         (lambda q: q.update(layouts={}), "layouts of type list"),
         (lambda q: q.pop("modules"), "modules of type dict"),
@@ -174,21 +175,21 @@ def test_other_format_versions_are_refused_naming_both(folder: Path, version: An
 def test_illegal_configs_are_refused(folder: Path, change: Callable[[Any], Any], message: str) -> None:
     edit_json(folder / "config.json", lambda c: change(c["quantization_config"]))
     with pytest.raises(FormatError, match=message):
-        native.check(folder)
+        formats.check(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"model_type": "llama"}', '{"quantization_config": []}'])
 def test_config_files_that_are_none_are_refused(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text)
-    with pytest.raises(FormatError, match="not valid JSON|no Octavo checkpoint"):
-        native.read_config(folder)
+    with pytest.raises(FormatError, match="not valid JSON|a JSON object is wanted|no quantized checkpoint"):
+        formats.check(folder)
 
 
 def test_missing_config_is_refused(folder: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(FormatError, match=r"config.json does not exist"):
-        native.check(folder)
-    assert not native.is_native(folder)
+        formats.check(folder)
+    assert not formats.is_quantized(folder)
 
 
 # ------------------------------------------------------------------------------------------------ tensors
@@ -200,7 +201,7 @@ def rename(folder: Path, old: str, new: str) -> None:
     edit_json(
         folder / "model.safetensors.index.json", lambda i: i["weight_map"].update({new: i["weight_map"].pop(old)})
     )
-    (folder / native.MANIFEST_FILE).unlink()
+    (folder / formats.MANIFEST_FILE).unlink()
 
 
 @pytest.mark.parametrize(
@@ -216,13 +217,13 @@ def rename(folder: Path, old: str, new: str) -> None:
 def test_missing_and_unknown_tensors_are_refused(folder: Path, old: str, new: str, message: str) -> None:
     rename(folder, old, new)
     with pytest.raises(FormatError, match=message):
-        native.check(folder)
+        formats.check(folder)
 
 
 def test_matrix_that_the_config_forgets_is_refused(folder: Path) -> None:
     edit_json(folder / "config.json", lambda c: c["quantization_config"]["modules"].pop("block.0.o"))
     with pytest.raises(FormatError, match="block.0.o.* belongs to a quantized matrix that config.json does not list"):
-        native.check(folder)
+        formats.check(folder)
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "I16"])
@@ -230,21 +231,21 @@ def test_tensor_of_another_dtype_is_refused(folder: Path, dtype: str) -> None:
     name = "block.0.q.codebook_0"
     edit_header(shard_of(folder, name), lambda header: header[name].update(dtype=dtype))
     with pytest.raises(FormatError, match=rf"{name} wanted torch.float16 \(1, 4, 3\) .* got torch\.\w+ \(1, 4, 3\)"):
-        native.check(folder)
+        formats.check(folder)
 
 
 def test_tensor_of_another_shape_is_refused(folder: Path) -> None:
     name = "block.0.q.codebook_0"
     edit_header(shard_of(folder, name), lambda header: header[name].update(shape=[1, 3, 4]))
     with pytest.raises(FormatError, match=rf"{name} wanted torch.float16 \(1, 4, 3\) .* got torch.float16 \(1, 3, 4\)"):
-        native.check(folder)
+        formats.check(folder)
 
 
 def test_shard_of_another_size_than_the_manifest_says_is_refused(folder: Path) -> None:
     shard = shard_of(folder, "block.0.q.indices")
-    edit_json(folder / native.MANIFEST_FILE, lambda m: m["files"][shard.name].update(bytes=1))
+    edit_json(folder / formats.MANIFEST_FILE, lambda m: m["files"][shard.name].update(bytes=1))
     with pytest.raises(FormatError, match=rf"{shard.name} has \d+ bytes, octavo_manifest.json says 1"):
-        native.check(folder)
+        formats.check(folder)
 
 
 def replace_tensor(folder: Path, name: str, value: torch.Tensor) -> None:
@@ -253,7 +254,7 @@ def replace_tensor(folder: Path, name: str, value: torch.Tensor) -> None:
     tensors = load_file(shard)
     assert tensors[name].dtype == value.dtype and tensors[name].shape == value.shape
     save_file({**tensors, name: value}, shard)
-    native.write_manifest(folder)
+    formats.write_manifest(folder)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -262,9 +263,9 @@ def test_non_finite_books_and_scales_are_refused(folder: Path, name: str, bad: f
     value = CheckpointReader(folder).read(f"block.0.q.{name}").clone()
     value.view(-1)[-1] = bad
     replace_tensor(folder, f"block.0.q.{name}", value)
-    native.check(folder)
+    formats.check(folder)
     with pytest.raises(FormatError, match=f"block.0.q: {name} holds NaN or infinity"):
-        dict(native.read_weights(folder))
+        dict(formats.read_weights(folder))
 
 
 SCALED = Layout(
@@ -283,7 +284,7 @@ INT4 = Layout(shape=(6, 8), vector_length=3, stages=(2,), codebook_dtype="int4",
 def scaled(tmp_path: Path) -> Path:
     """Two matrices with low-rank codebooks and log2 scales (k) and with int4 codebooks (v)."""
     write_native(tmp_path / "scaled", {"block.0.k": random_weight(SCALED, 1), "block.0.v": random_weight(INT4, 2)})
-    native.verify(tmp_path / "scaled")
+    formats.verify(tmp_path / "scaled")
     return tmp_path / "scaled"
 
 
@@ -298,13 +299,13 @@ def test_non_finite_parts_of_books_and_scales_are_refused(scaled: Path, name: st
     replace_tensor(scaled, f"block.0.{name}", value)
     module, _, leaf = name.partition(".")
     with pytest.raises(FormatError, match=f"block.0.{module}: {leaf} holds NaN or infinity"):
-        native.verify(scaled)
+        formats.verify(scaled)
 
 
 def test_scales_that_overflow_once_decoded_are_refused(scaled: Path) -> None:
     replace_tensor(scaled, "block.0.k.block_scale_step", torch.tensor([0, 10], dtype=torch.float16))
     with pytest.raises(FormatError, match=r"block.0.k: block_scale_low and block_scale_step reach the scale 2\^1\d\d"):
-        native.verify(scaled)
+        formats.verify(scaled)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +327,7 @@ def test_parts_of_books_and_scales_of_another_shape_are_refused(
     edit_header(path, lambda header: header[f"block.0.{name}"].update(shape=wrong))
     message = f"block.0.{name} wanted torch.* {tuple(shape)} by its layout .* got torch.* {tuple(wrong)}"
     with pytest.raises(FormatError, match=message.replace("(", r"\(").replace(")", r"\)")):
-        native.check(scaled)
+        formats.check(scaled)
 
 
 @pytest.mark.parametrize("name", ["k.block_scale_code", "v.codebook_0"])
@@ -334,21 +335,21 @@ def test_every_bit_pattern_of_packed_books_and_scales_is_legal(scaled: Path, nam
     for fill in (0, -1, 0x55555555):
         words = torch.full_like(CheckpointReader(scaled).read(f"block.0.{name}"), fill)
         replace_tensor(scaled, f"block.0.{name}", words)
-        assert all(bool(torch.isfinite(weight.dequantize()).all()) for _, weight in native.read_weights(scaled))
+        assert all(bool(torch.isfinite(weight.dequantize()).all()) for _, weight in formats.read_weights(scaled))
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5, 6, 6], [0, 1, 2, 3, 4, 5, 6, 8], [-1, 1, 2, 3, 4, 5, 6, 7]])
 def test_permutations_that_are_none_are_refused(folder: Path, order: list[int]) -> None:
     replace_tensor(folder, "block.0.q.permutation", torch.tensor(order, dtype=torch.int16))
     with pytest.raises(FormatError, match="block.0.q: permutation is no permutation"):
-        native.verify(folder)
+        formats.verify(folder)
 
 
 def test_every_bit_pattern_of_the_indices_is_legal(folder: Path) -> None:
     for fill in (0, -1, 0x55555555):
         words = torch.full_like(CheckpointReader(folder).read("block.0.q.indices"), fill)
         replace_tensor(folder, "block.0.q.indices", words)
-        assert bool(torch.isfinite(dict(native.read_weights(folder))["block.0.q"].dequantize()).all())
+        assert bool(torch.isfinite(dict(formats.read_weights(folder))["block.0.q"].dequantize()).all())
 
 
 # ------------------------------------------------------------------------------------------------ manifest
@@ -358,25 +359,25 @@ def test_manifest_lists_every_file_with_size_and_hash(folder: Path) -> None:
     (folder / "sub").mkdir()
     (folder / "sub" / "tokenizer.json").write_text("{}")
     (folder / ".hidden").write_text("x")
-    manifest = native.write_manifest(folder)
+    manifest = formats.write_manifest(folder)
     shards = {f.name for f in CheckpointReader(folder).files}
     assert manifest["files"].keys() == {"config.json", "model.safetensors.index.json", "sub/tokenizer.json"} | shards
     entry = manifest["files"]["sub/tokenizer.json"]
     assert entry == {"bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
-    assert json.loads((folder / native.MANIFEST_FILE).read_text()) == manifest
-    assert str(folder) not in (folder / native.MANIFEST_FILE).read_text()
-    assert native.problems(folder) == []
+    assert json.loads((folder / formats.MANIFEST_FILE).read_text()) == manifest
+    assert str(folder) not in (folder / formats.MANIFEST_FILE).read_text()
+    assert formats.problems(folder) == []
 
 
 def test_one_flipped_bit_anywhere_is_found(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
-        if path.name == native.MANIFEST_FILE:
+        if path.name == formats.MANIFEST_FILE:
             continue
         good = path.read_bytes()
         path.write_bytes(good[:-5] + bytes([good[-5] ^ 1]) + good[-4:])
-        assert any(path.name in problem and "SHA-256" in problem for problem in native.problems(folder)), path
+        assert any(path.name in problem and "SHA-256" in problem for problem in formats.problems(folder)), path
         path.write_bytes(good)
-    native.verify(folder)
+    formats.verify(folder)
 
 
 def test_all_problems_are_reported_together(folder: Path) -> None:
@@ -387,12 +388,17 @@ def test_all_problems_are_reported_together(folder: Path) -> None:
     with open(shard, "ab") as file:
         file.write(b"x")
     (folder / "model.safetensors.index.json").unlink()
-    found = "\n".join(native.problems(folder))
-    for message in ("no Octavo checkpoint", "index.json is missing", f"{shard.name} has", "extra.json is not listed"):
+    found = "\n".join(formats.problems(folder))
+    for message in (
+        "no quantized checkpoint",
+        "index.json is missing",
+        f"{shard.name} has",
+        "extra.json is not listed",
+    ):
         assert message in found
     assert "README" not in found
-    with pytest.raises(FormatError, match="no Octavo checkpoint"):
-        native.verify(folder)
+    with pytest.raises(FormatError, match="no quantized checkpoint"):
+        formats.verify(folder)
 
 
 @pytest.mark.parametrize(
@@ -409,13 +415,13 @@ def test_all_problems_are_reported_together(folder: Path) -> None:
     ],
 )
 def test_illegal_manifests_are_refused(folder: Path, manifest: Any, message: str) -> None:
-    path = folder / native.MANIFEST_FILE
+    path = folder / formats.MANIFEST_FILE
     path.unlink() if manifest is None else path.write_text(json.dumps(manifest))
     with pytest.raises(FormatError, match=message):
-        native.verify(folder)
+        formats.verify(folder)
 
 
 def test_a_checkpoint_without_a_manifest_still_loads(folder: Path) -> None:
-    (folder / native.MANIFEST_FILE).unlink()
-    native.check(folder)
-    assert all(isinstance(weight, VQWeight) for _, weight in native.read_weights(folder))
+    (folder / formats.MANIFEST_FILE).unlink()
+    formats.check(folder)
+    assert all(isinstance(weight, VQWeight) for _, weight in formats.read_weights(folder))

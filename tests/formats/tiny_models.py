@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from formats.checkpoints import write_native
 from formats.strategies import random_weight
-from octavo.formats import native
+from octavo import formats
 from octavo.formats.reader import CheckpointReader
 from octavo.layout import BlockScale, Layout, Outliers
 from octavo.weight import VQWeight
@@ -119,5 +119,5 @@ def quantize(
         write_native(out, weights, kept, config, max_shard_bytes)
     for path in original.glob("*token*"):
         shutil.copy(path, out)
-    native.write_manifest(out)
+    formats.write_manifest(out)
     return weights

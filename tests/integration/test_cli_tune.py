@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from octavo import formats
 from octavo.cli import main
 from octavo.cli._output import Output
-from octavo.formats import native
 from octavo.pipeline.events import Event
 
 QUANTIZE = ("--method", "rtn", "--bits", "2", "--set", "group_size=32")
@@ -51,7 +51,7 @@ def test_tune_prints_one_document_with_what_it_did(
     assert (report["steps"], report["output"], report["tokens"]) == (6, str(out), 6 * 128)
     assert report["history"][0] == [0, report["kl_before"]]
     assert "step 3/6  KL 0." in stderr and "held out 0." in stderr
-    native.verify(out)
+    formats.verify(out)
 
 
 def test_tune_for_people_says_what_has_changed_and_what_has_not(

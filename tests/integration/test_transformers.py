@@ -22,8 +22,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from formats.checkpoints import edit_header, edit_json, write_plain
 from formats.strategies import random_weight
 from formats.tiny_models import MODELS, STYLES, VOCABULARY, decoded_model, quantize, write_tokenizer
+from octavo import formats
 from octavo._core.errors import FormatError, UsageError
-from octavo.formats import native
 from octavo.formats.reader import CheckpointReader
 from octavo.integrations.transformers import OctavoConfig, OctavoQuantizer, load, register
 from octavo.models import names
@@ -203,8 +203,8 @@ def test_save_pretrained_round_trip_is_bit_equal(
     logits(model)  # a forward pass must not change what is saved
     model.save_pretrained(tmp_path / "again", max_shard_size=shard)
     assert (len(list((tmp_path / "again").glob("*.safetensors"))) > 1) == (shard == "20KB")
-    assert native.read_config(tmp_path / "again") == native.read_config(tmp_path / "out")
-    native.check(tmp_path / "again")
+    assert formats.check(tmp_path / "again") == formats.check(tmp_path / "out")
+    formats.check(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert state_bits(again) == state_bits(model)
     assert torch.equal(logits(again), logits(model))
@@ -318,7 +318,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> N
     for path in [*files, folder / "model.safetensors.index.json"]:
         path.unlink(missing_ok=True)
     write_plain(folder, tensors, max_shard_bytes=20_000)
-    native.write_manifest(folder)
+    formats.write_manifest(folder)
 
 
 Q = "model.layers.1.self_attn.k_proj"
@@ -448,7 +448,7 @@ def test_headers_are_checked_against_the_layouts(fmt_llama: tuple[Path, Any]) ->
     name = f"{Q}.indices"
     shard = CheckpointReader(fmt_llama[0]).file_of(name)
     edit_header(shard, lambda header: header[name].update(dtype="F32"))
-    (fmt_llama[0] / native.MANIFEST_FILE).unlink()
+    (fmt_llama[0] / formats.MANIFEST_FILE).unlink()
     with pytest.raises(FormatError, match=f"{name} wanted torch.int32 .* got torch.float32"):
         AutoModelForCausalLM.from_pretrained(fmt_llama[0])
 
@@ -456,6 +456,6 @@ def test_headers_are_checked_against_the_layouts(fmt_llama: tuple[Path, Any]) ->
 def test_quantizing_while_loading_is_not_offered(
     fmt_original: Callable[[str], Path], fmt_llama: tuple[Path, Any]
 ) -> None:
-    config = OctavoConfig(**native.read_config(fmt_llama[0]).raw)
+    config = OctavoConfig(**formats.check(fmt_llama[0]).raw)
     with pytest.raises(ValueError, match="pre-quantized"):
         AutoModelForCausalLM.from_pretrained(fmt_original("llama"), quantization_config=config)

@@ -31,8 +31,10 @@ class Replay:
     worst: float
 
 
-def replay(weight: np.ndarray, hessian: np.ndarray, columns: Sequence[Column]) -> Replay:
+def replay(weight: np.ndarray, hessian: np.ndarray, columns: Sequence[Column], together: int = 1) -> Replay:
     """Run the recursion over ``weight`` [out, in] (in processing order, H damped and in the same order).
+
+    ``together`` columns are coded from the same values before their errors are fed back; 0 feeds nothing back.
 
     At every column each stage's nearest centroid to what is left is computed and compared with the code that was
     stored; the recursion goes on with the stored one, so that one near tie does not spoil all the columns after it.
@@ -41,11 +43,11 @@ def replay(weight: np.ndarray, hessian: np.ndarray, columns: Sequence[Column]) -
     found = Replay(np.zeros(weight.shape), 0, 0, 0.0)
     out = weight.shape[0]
 
-    def quantize(values: np.ndarray, position: int, rest: np.ndarray) -> np.ndarray:
+    def one(values: np.ndarray, position: int) -> np.ndarray:
         column = columns[position]
         v = column.books[0].shape[1]
         left = np.zeros(-(-out // v) * v)
-        left[:out] = values[:, 0]
+        left[:out] = values
         left, inside = left.reshape(-1, v), (np.arange(left.size) < out).reshape(-1, v)
         for book, codes in zip(column.books, column.codes, strict=True):
             distance = ((left[:, None] - book[None]) ** 2 * inside[:, None]).sum(axis=2)
@@ -56,9 +58,12 @@ def replay(weight: np.ndarray, hessian: np.ndarray, columns: Sequence[Column]) -
             found.different += int((excess > 0).sum())
             found.total += len(codes)
             left = left - book[codes]
-        return values - left.reshape(-1, 1)[:out]
+        return values - left.reshape(-1)[:out]
 
-    found.values, _ = error_feedback(weight, hessian, quantize)
+    def quantize(values: np.ndarray, position: int, rest: np.ndarray) -> np.ndarray:
+        return np.stack([one(column, position + i) for i, column in enumerate(values.T)], axis=1)
+
+    found.values = error_feedback(weight, hessian, quantize, together)[0] if together else quantize(weight, 0, weight)
     return found
 
 
@@ -92,7 +97,12 @@ def processing_order(hessian: np.ndarray, scale: np.ndarray | None, permute: boo
 
 
 def recode(
-    weight: np.ndarray, hessian: np.ndarray, stored: Stored, permute: bool = True, damping: float = 0.01
+    weight: np.ndarray,
+    hessian: np.ndarray,
+    stored: Stored,
+    permute: bool = True,
+    damping: float = 0.01,
+    together: int = 1,
 ) -> Replay:
     """Replay the quantization of ``weight``; the values come back in the original order and scale."""
     work, h = weight.astype(np.float64), hessian.astype(np.float64)
@@ -105,7 +115,7 @@ def recode(
         np.testing.assert_array_equal(stored.permutation, order)
     place = np.arange(len(order)) if stored.permutation is not None else order
     columns = [_column(stored, int(file_column)) for file_column in place]
-    found = replay(work[:, order], damped(h, damping)[np.ix_(order, order)], columns)
+    found = replay(work[:, order], damped(h, damping)[np.ix_(order, order)], columns, together)
     found.values = found.values[:, np.argsort(order)]
     if stored.scale is not None:
         found.values = found.values * stored.scale + stored.offset

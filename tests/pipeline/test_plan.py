@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conftest import TINY_MODELS, make_tokenizer
 from faults.jobs import gptq, make_quick, run, vptq, with_tensors
+from octavo import formats
 from octavo._core.errors import NumericalError, UsageError
-from octavo.formats import native
 from octavo.formats.reader import CheckpointReader
 from octavo.pipeline import plan, quantize
 
@@ -80,7 +80,7 @@ def test_shapes_that_vectors_do_not_divide_are_padded_in_the_plan_and_exact_in_t
     found = plan(odd_llama, method="vptq", bits=settings["bits"], options=options)
     assert all(m.layout.index_shape[0] == -(-m.layout.shape[0] // vector_length) for m in found.matrices)
     report = run(odd_llama, tmp_path / "out", settings)
-    weights = dict(native.read_weights(tmp_path / "out"))
+    weights = dict(formats.read_weights(tmp_path / "out"))
     for row in report.matrices:
         decoded = weights.pop(row.module).dequantize()
         assert tuple(decoded.shape) == row.shape == CheckpointReader(odd_llama).info(f"{row.module}.weight")[1]
@@ -95,7 +95,7 @@ def test_groups_that_do_not_divide_the_inputs_leave_a_shorter_one_at_the_end(
 ) -> None:
     """Fault 20."""
     report = run(odd_llama, tmp_path / "out", gptq(tiny_text_file, bits=4, options={"group_size": group_size}))
-    for _, weight in native.read_weights(tmp_path / "out"):
+    for _, weight in formats.read_weights(tmp_path / "out"):
         inputs = weight.layout.shape[1]
         assert weight.tensors["block_scale"].shape[1] == -(-inputs // min(group_size, inputs))
     assert all(row.error is not None and row.error < 0.2 for row in report.matrices)
@@ -206,7 +206,7 @@ def test_large_weights_fit_bfloat16_side_data(tiny_llama: Path, tmp_path: Path) 
 
     model = with_tensors(tiny_llama, tmp_path / "model", enlarge)
     run(model, tmp_path / "out", side_dtype="bfloat16")
-    weight = dict(native.read_weights(tmp_path / "out"))["model.layers.1.mlp.down_proj"]
+    weight = dict(formats.read_weights(tmp_path / "out"))["model.layers.1.mlp.down_proj"]
     original = CheckpointReader(model).read("model.layers.1.mlp.down_proj.weight")
     assert float((weight.dequantize() - original).norm() / original.norm()) < 0.15
 

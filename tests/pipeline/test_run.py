@@ -17,9 +17,9 @@ from transformers.pytorch_utils import Conv1D
 import octavo  # registers the quantizer with transformers
 from conftest import TINY_MODELS
 from faults.jobs import RTN, digests, gptq, make_quick, run, stop_after, vptq
+from octavo import formats
 from octavo._core.errors import Interrupted
 from octavo.calibration.data import read_text, windows
-from octavo.formats import native
 from octavo.formats.reader import CheckpointReader
 from octavo.math.hessian import HessianAccumulator, proxy_loss
 from octavo.models.adapter import CausalModel
@@ -64,7 +64,7 @@ def test_what_is_written_loads_and_computes_what_its_matrices_say(
     settings = {"rtn": RTN, "gptq": gptq(tiny_text_file), "vptq": vptq(tiny_text_file)}[method]
     report = run(model, out, settings)
 
-    weights = dict(native.read_weights(out))
+    weights = dict(formats.read_weights(out))
     loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     assert torch.allclose(logits(loaded), logits(load_dense(model, weights)), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits(loaded), logits(load_dense(model, {})), rtol=1e-2, atol=1e-2)
@@ -117,7 +117,7 @@ def test_later_blocks_are_calibrated_on_what_the_quantized_earlier_ones_put_out(
     """Faults 17, 26 and 27: the reported proxy error is that of the real quantized model, not of the original."""
     settings = gptq(tiny_text_file, bits=2, samples=4)
     report = run(tiny_gemma3, tmp_path / "out", settings)
-    weights = dict(native.read_weights(tmp_path / "out"))
+    weights = dict(formats.read_weights(tmp_path / "out"))
     source = CausalModel(resolve(tiny_gemma3))
     text = read_text(str(tiny_text_file))
     ids = windows(source.tokenizer(), text, 16, 4, 0, limit=source.max_positions).ids
@@ -164,8 +164,8 @@ def test_the_result_does_not_depend_on_the_order_of_the_matrices(
     events: list[Event] = []
     run(tiny_llama, tmp_path / "backward", settings, progress=events.append)
     assert next(e.module for e in events if e.kind == "matrix") == "model.layers.0.mlp.down_proj"
-    expected = dict(native.read_weights(tmp_path / "forward"))
-    for module, weight in native.read_weights(tmp_path / "backward"):
+    expected = dict(formats.read_weights(tmp_path / "forward"))
+    for module, weight in formats.read_weights(tmp_path / "backward"):
         assert all(torch.equal(t, expected[module].tensors[k]) for k, t in weight.tensors.items()), module
 
 
@@ -199,7 +199,7 @@ def test_a_skipped_layer_keeps_its_weights_and_is_said_to(tiny_llama: Path, tmp_
     written, source = CheckpointReader(tmp_path / "out"), CheckpointReader(tiny_llama)
     for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.o_proj.weight"):
         assert torch.equal(written.read(name), source.read(name))
-    assert len(native.read_config(tmp_path / "out").layouts) == 9
+    assert len(formats.check(tmp_path / "out").layouts) == 9
     assert isinstance(octavo.load(tmp_path / "out")[0], nn.Module)
 
 

@@ -17,10 +17,9 @@ import octavo
 from conftest import TINY_MODELS
 from faults.jobs import RTN, digests, gptq, make_quick, run, stop_after, with_config, with_tensors
 from formats.strategies import random_weight
-from octavo import algorithms
+from octavo import algorithms, formats
 from octavo._core.errors import FormatError, Interrupted, NumericalError, UsageError
 from octavo.evaluation.metrics import evaluate
-from octavo.formats import native
 from octavo.formats.reader import CheckpointReader
 from octavo.layout import BlockScale, Layout, Outliers
 from octavo.models.source import resolve
@@ -66,7 +65,7 @@ def tuned(quantized: Path, out: Path, reference: Path, text: Path, **changes: An
 
 
 def weights(folder: Path) -> dict[str, VQWeight]:
-    return dict(native.read_weights(folder))
+    return dict(formats.read_weights(folder))
 
 
 # -------------------------------------------------------------------------------------------------- what it is for
@@ -92,9 +91,9 @@ def test_the_divergence_falls_and_neither_indices_nor_sizes_change(
     assert sum(w.bits() for w in old.values()) == sum(w.bits() for w in new.values())
     sizes = [sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in (before, out)]
     assert sizes[0] == sizes[1] == report.file_bytes
-    details = native.read_config(out).details
+    details = formats.check(out).details
     assert details.pop("tuned")["kl_after"] == report.kl_after
-    assert details == native.read_config(before).details
+    assert details == formats.check(before).details
     assert octavo.__dict__.get("tune", tune) is tune
     json.dumps(report.to_dict(), allow_nan=False)
 
@@ -134,7 +133,7 @@ def test_only_the_parts_that_were_asked_for_change(
 ) -> None:
     before = quantized("qwen2", "vptq")
     reader = CheckpointReader(before)
-    modules = native.read_config(before).layouts
+    modules = formats.check(before).layouts
     for parts in ("norms", "books", "scales,biases"):
         out = tmp_path / parts
         tuned(before, out, tiny_qwen2, tiny_text_file, steps=2, train=parts, lr=3e-2)
@@ -150,7 +149,7 @@ def test_a_tuned_model_can_be_tuned_again(
     first = tuned(quantized(), tmp_path / "a", tiny_llama, tiny_text_file, steps=4)
     second = tuned(tmp_path / "a", tmp_path / "b", tiny_llama, tiny_text_file, steps=4)
     assert second.kl_before == first.kl_after
-    assert native.read_config(tmp_path / "b").details["tuned"]["before"]["kl_after"] == first.kl_after
+    assert formats.check(tmp_path / "b").details["tuned"]["before"]["kl_after"] == first.kl_after
 
 
 def test_whatever_happens_the_result_is_no_worse(
@@ -519,7 +518,7 @@ def test_bad_input_is_refused_before_anything_is_written(
         tensors["model.embed_tokens.weight"][0, 0] += 1
 
     refused(UsageError, "is no folder; tuning wants one", tmp_path / "nowhere", tiny_llama)
-    refused(UsageError, "holds no model that Octavo quantized", tiny_llama, tiny_llama)
+    refused(UsageError, "holds no quantized model", tiny_llama, tiny_llama)
     refused(UsageError, r"is quantized already \(octavo\)\. Pass the original", good, good)
     refused(UsageError, "is not the original of llama-rtn: it is a mistral", good, tiny_model("mistral"))
     wide = with_config(tiny_llama, tmp_path / "wide", intermediate_size=256)

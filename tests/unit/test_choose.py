@@ -4,35 +4,44 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from octavo.algorithms import get
+from octavo.algorithms import _choose, get
 from octavo.algorithms._choose import (
+    _TOLERANCE,
     VECTOR_LENGTHS,
     allocate,
     predicted_distortion,
     stage_choices,
     stage_distortion,
 )
+from octavo.algorithms.gptvq import _SIZE_POWER
 from octavo.layout import Layout
 from octavo.math.kmeans import kmeans
 
 _FEATURES = st.integers(64, 3000)
 _SHAPES = st.lists(st.tuples(st.tuples(_FEATURES, _FEATURES), st.booleans()), min_size=1, max_size=6)
+_SMALL = st.integers(64, 600)
+_FEW_SMALL_SHAPES = st.lists(st.tuples(st.tuples(_SMALL, _SMALL), st.booleans()), min_size=1, max_size=4)
+#: The matrices of a block of SmolLM2-135M.
+_BLOCK = [
+    (shape, False) for shape in ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
+]
 
 
 def _size(layouts: list[Layout]) -> int:
     return sum(layout.bits() for layout in layouts)
 
 
-def _distortion(layouts: list[Layout]) -> float:
-    return sum(predicted_distortion(layout) * layout.weights for layout in layouts)
+def _distortion(layouts: list[Layout], size_power: float = 1.0) -> float:
+    return sum(predicted_distortion(layout) * layout.weights**size_power for layout in layouts)
 
 
 def _layout(v: int, *stages: int, shape: tuple[int, int] = (512, 512), **options: Any) -> Layout:
@@ -106,18 +115,32 @@ def test_a_models_matrices_stay_within_the_budget_together(
 def test_more_bits_never_predict_more_error(shape: tuple[int, int], count: int) -> None:
     budgets = np.linspace(0.6, 5.0, 23)
     errors = [_distortion(get("vptq")(bits=float(bits)).layouts([(shape, False)] * count)) for bits in budgets]
-    assert all(after <= before * (1 + 1e-9) for before, after in itertools.pairwise(errors))
+    # For a single matrix the choice is exact.
+    allowed = 1e-9 if count == 1 else _TOLERANCE
+    assert all(after <= before * (1 + allowed) for before, after in itertools.pairwise(errors))
     assert errors[-1] < errors[0] / 20
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
-@given(shapes=_SHAPES, bits=st.floats(1.0, 4.0), more=st.floats(0.01, 1.0))
+@settings(max_examples=25, deadline=None)
+@given(shapes=_FEW_SMALL_SHAPES, bits=st.floats(1.0, 4.0), more=st.floats(0.001, 1.0))
+@example(shapes=[((403, 113), False), ((64, 115), False)], bits=4.0, more=0.125)
 def test_a_larger_budget_never_predicts_more_error_for_a_model(
     shapes: list[tuple[tuple[int, int], bool]], bits: float, more: float
 ) -> None:
+    """The larger budget comes with more candidates, too. A norm is decided by the budget: none, to compare like."""
     small, large = (get("vptq")(bits=b, norm=False).layouts(shapes) for b in (bits, bits + more))
-    # How the last bits of the budget fall between matrices of different sizes may cost a little.
-    assert _distortion(large) <= _distortion(small) * 1.05
+    assert _distortion(large) <= _distortion(small) * (1 + _TOLERANCE)
+
+
+@pytest.mark.parametrize("method", ["vptq", "gptvq"])
+def test_a_larger_budget_never_predicts_more_error_for_thirty_blocks(method: str) -> None:
+    power = _SIZE_POWER if method == "gptvq" else 1.0
+    errors = []
+    for bits in (2.0, 2.001, 2.01, 2.1, 2.25, 2.26, 3.0, 3.003):
+        layouts = get(method)(bits=bits).layouts(_BLOCK * 30)
+        assert _size(layouts) <= bits * sum(layout.weights for layout in layouts)
+        errors.append(_distortion(layouts, power))
+    assert all(after <= before * (1 + _TOLERANCE) for before, after in itertools.pairwise(errors))
 
 
 @pytest.mark.parametrize("bits", [1.5, 2.0, 2.28, 3.0, 4.0])
@@ -140,19 +163,39 @@ def _random_tables(seed: int) -> list[list[Layout]]:
     return tables
 
 
+@pytest.mark.parametrize("power", [1.0, 0.5])
 @pytest.mark.parametrize("seed", range(12))
-def test_the_allocation_is_near_the_best_of_all_combinations(seed: int) -> None:
-    """Exhaustive search over three matrices; a price can miss the optimum by one matrix's step, not more."""
+def test_the_allocation_is_the_best_of_all_combinations(seed: int, power: float) -> None:
+    """Exhaustive search over three matrices, and over four of which two are equal."""
     tables = _random_tables(seed)
-    weights = sum(options[0].weights for options in tables)
-    combinations = [list(c) for c in itertools.product(*tables)]
-    sizes = sorted(_size(c) / weights for c in combinations)
-    for bits in np.quantile(sizes, [0.1, 0.4, 0.7]):
-        chosen = allocate(tables, float(bits))
-        assert _size(chosen) <= bits * weights
-        best = min((c for c in combinations if _size(c) <= bits * weights), key=_distortion)
-        step = max(predicted_distortion(a) * a.weights for a in chosen)
-        assert _distortion(chosen) <= _distortion(best) + step
+    for chosen_from in (tables, [*tables, tables[seed % 3]]):
+        weights = sum(options[0].weights for options in chosen_from)
+        combinations = [(_size(list(c)), _distortion(list(c), power)) for c in itertools.product(*chosen_from)]
+        for bits in np.quantile([size / weights for size, _ in combinations], [0.02, 0.1, 0.4, 0.7, 0.95]):
+            chosen = allocate(chosen_from, float(bits), power)
+            assert _size(chosen) <= bits * weights
+            best = min(error for size, error in combinations if size <= bits * weights)
+            assert _distortion(chosen, power) <= best * (1 + _TOLERANCE)
+
+
+def test_a_search_that_outgrows_its_memory_still_keeps_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [((200 + 37 * i, 300 - 11 * i), False) for i in range(8)]
+    for bits in (2.0, 3.5):
+        best = get("vptq")(bits=bits).layouts(shapes)
+        with monkeypatch.context() as patch:
+            patch.setattr(_choose, "_STATES", 1)
+            quick = get("vptq")(bits=bits).layouts(shapes)
+        assert _size(quick) <= bits * sum(layout.weights for layout in quick)
+        assert _distortion(best) <= _distortion(quick) * (1 + _TOLERANCE)
+        assert _distortion(quick) < _distortion(best) * 1.1
+
+
+def test_candidates_that_are_worse_and_no_smaller_change_nothing() -> None:
+    tables = _random_tables(0)
+    # The same codebooks in float32 cost more and, in the model, are as good as in float16.
+    more = [[*options, *(replace(layout, codebook_dtype="float32") for layout in options)] for options in tables]
+    for bits in (2.0, 3.0, 5.0):
+        assert allocate(more, bits) == allocate(tables, bits)
 
 
 def test_every_budget_that_a_candidate_meets_exactly_is_met() -> None:
@@ -161,10 +204,22 @@ def test_every_budget_that_a_candidate_meets_exactly_is_met() -> None:
         assert allocate(tables, layout.bits_per_weight) == [layout]
 
 
-def test_equal_matrices_get_few_different_layouts_that_fill_the_budget() -> None:
-    layouts = get("vptq")(bits=2.4).layouts([((576, 576), False)] * 30)
-    assert len(set(layouts)) <= 3
-    assert 2.3 < _size(layouts) / sum(layout.weights for layout in layouts) <= 2.4
+@pytest.mark.parametrize("method", ["vptq", "gptvq"])
+def test_equal_matrices_get_few_different_layouts_in_runs_that_fill_the_budget(method: str) -> None:
+    layouts = get(method)(bits=2.4).layouts([((576, 576), False)] * 30)
+    assert 2.39 < _size(layouts) / sum(layout.weights for layout in layouts) <= 2.4
+    runs = [list(run) for _, run in itertools.groupby(layouts)]
+    assert len(runs) == len(set(layouts)) <= 4
+    assert sum(sorted(map(len, runs))[-2:]) >= 28, "two layouts but for a few matrices"
+    sizes = [layout.bits() for layout in layouts]
+    assert sizes == sorted(sizes, reverse=True), "the first matrices get the larger layouts"
+
+
+def test_thousands_of_matrices_fill_the_budget() -> None:
+    layouts = get("vptq")(bits=2.25).layouts(_BLOCK * 400)
+    assert 2.2499 < _size(layouts) / sum(layout.weights for layout in layouts) <= 2.25
+    for shape in {shape for shape, _ in _BLOCK}:
+        assert len({layout for layout in layouts if layout.shape == shape}) <= 4
 
 
 def test_matrices_too_small_for_the_budget_get_their_smallest_layout() -> None:

@@ -17,6 +17,7 @@ from octavo.stored import (
     pack_codes,
     store_codebooks,
     store_low_rank,
+    to_stored,
 )
 from octavo.weight import VQWeight
 
@@ -107,6 +108,25 @@ def test_low_rank_parts_beyond_the_stored_dtype_are_refused() -> None:
         store_low_rank(layout, fits, too_large, "q_proj")
     with pytest.raises(NumericalError, match="q_proj: codebook coefficients: 1 values are not finite"):
         store_low_rank(layout, 7e4 * fits, too_large, "q_proj")
+
+
+@pytest.mark.parametrize("factor", [1e10, 1e-12])
+def test_numbers_that_cannot_be_stored_name_the_option_of_their_own_dtype(factor: float) -> None:
+    floats = Layout((8, 8), 4, (2,), codebook_dtype="float16", side_dtype="bfloat16")
+    integers = Layout((8, 8), 4, (2,), codebook_dtype="int8", side_dtype="float16")
+    books, scales = r"Use --set codebook_dtype=bfloat16(\.|, or)", r"Use --side-dtype bfloat16(\.|, or)"
+    for layout, advice in ((floats, books), (integers, scales)):
+        with pytest.raises(NumericalError, match=advice):
+            store_codebooks(layout, 0, _books(layout, factor), "q_proj")
+    coefficients, basis = torch.ones(1, 1), torch.ones(1, 4, 4)
+    layout = Layout((8, 8), 4, (2,), codebook_rank=1)
+    with pytest.raises(NumericalError, match=books):
+        store_low_rank(layout, factor * coefficients, basis, "q_proj")
+    with pytest.raises(NumericalError, match=scales):
+        store_low_rank(layout, coefficients, factor * basis, "q_proj")
+    # Who does not say which it is gets both.
+    with pytest.raises(NumericalError, match="--side-dtype bfloat16 .*--set codebook_dtype=bfloat16"):
+        to_stored(factor * coefficients, torch.float16, "q_proj: outlier codebook")
 
 
 # ---------------------------------------------------------------- scales

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from octavo._core.errors import NumericalError, UsageError
-from octavo.algorithms import get
+from octavo.algorithms import get, preset, registry
 from octavo.layout import Layout
 from octavo.math.hessian import proxy_loss
 from octavo.stored import index_dtype_to_int64
@@ -72,6 +72,9 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "no-sweeps": {"sweeps": 0},
     "sampled": {"sample": 2},
     "damping": {"damping": 0.1},
+    "several-columns-at-once": {"update_columns": 4, "residual_centroids": 8},
+    "more-columns-than-a-lazy-span": {"update_columns": 300},
+    "no-feedback": {"update_columns": 0, "residual_centroids": 8, "outlier_percent": 5},
     "everything": {
         "residual_centroids": 8,
         "groups": 2,
@@ -97,6 +100,7 @@ def test_every_code_is_the_nearest_one_in_the_float64_recursion(variant: str, ou
         _stored(result),
         result.layout.permuted or options.get("permute", True),
         options.get("damping", 0.01),
+        options.get("update_columns", 1),
     )
     assert replay.worst < 1e-5
     assert replay.different <= max(replay.total // 200, 1)
@@ -290,3 +294,62 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message
 def test_a_residual_that_does_not_fit_the_matrix_is_refused_by_shape() -> None:
     with pytest.raises(UsageError, match=r"16, 16"):
         get("vptq")(residual_centroids=4096).layout((16, 16))
+
+
+def test_feedback_column_by_column_beats_feedback_by_blocks_and_none() -> None:
+    case = _case(240, 96)
+    options = {"vector_length": 4, "centroids": 64, "residual_centroids": 0, "norm": False}
+    loss = {n: _loss(case, _quantize(case, update_columns=n, **options)) for n in (1, 4, 32, 0)}
+    assert loss[1] < loss[4] < loss[32] < loss[0]
+
+
+# ---------------------------------------------------------------- presets
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "bits"),
+    [
+        ("v8-k65536-256", (16, 8), 3.0),
+        ("v8-k65536-0", (16,), 2.0),
+        ("V16-K65536-65536-woft", (16, 16), 2.0),
+        ("v4-k256", (8,), 2.0),
+    ],
+)
+def test_names_of_public_checkpoints_are_presets(name: str, stages: tuple[int, ...], bits: float) -> None:
+    method, options = preset(name)
+    assert (method, options["bits"]) == ("vptq", bits)
+    layout = get(method)(**options).layout((4096, 4096))
+    assert (layout.stages, layout.nominal_bits) == (stages, bits)
+    assert (layout.codebook_dtype, layout.channel_norm, layout.tile) == ("float16", "input", None)
+
+
+@pytest.mark.parametrize("name", registry.get("vptq").presets)
+def test_settings_of_the_paper_have_the_bits_that_it_says(name: str) -> None:
+    """Table 8 counts indices and codebooks of a whole model, not permutation, norm and outliers' rounding."""
+    model, size, bits = name.split("-")
+    hidden, inner, kv = {
+        "llama27b": (4096, 11008, 4096),
+        "llama213b": (5120, 13824, 5120),
+        "llama270b": (8192, 28672, 1024),
+        "llama38b": (4096, 14336, 1024),
+        "llama370b": (8192, 28672, 1024),
+    }[model + size]
+    shapes = [(hidden, hidden)] * 2 + [(kv, hidden)] * 2 + [(inner, hidden)] * 2 + [(hidden, inner)]
+    layouts = get("vptq")(**preset(name)[1]).layouts([(shape, False) for shape in shapes])
+    side = sum(32 * inp for _, inp in shapes) + sum(16 * x.shape[1] for x in layouts if x.permuted)
+    counted = (sum(layout.bits() for layout in layouts) - side) / sum(layout.weights for layout in layouts)
+    assert counted == pytest.approx(float(bits), abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v8-k65536-255", "power of two"),
+        ("v17-k256", "vector_length wanted 1..16"),
+        ("v8-k3", "power of two"),
+        ("v8k256", "unknown preset 'v8k256'.*names of public VPTQ checkpoints such as v8-k65536-256"),
+    ],
+)
+def test_names_that_are_no_preset_are_refused(name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        get(preset(name)[0])(**preset(name)[1])

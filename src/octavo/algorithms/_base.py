@@ -63,6 +63,13 @@ class Algorithm(ABC):
     counts_all_bits: ClassVar[bool] = True
     #: Published settings: name -> options, ``bits`` among them.
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
+    #: Presets that follow a pattern, in words for messages; see :meth:`named`.
+    preset_pattern: ClassVar[str] = ""
+
+    @classmethod
+    def named(cls, name: str) -> Mapping[str, Any] | None:
+        """Options of the preset of this name, ``bits`` among them; None if there is none."""
+        return cls.presets.get(name)
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int | float):
@@ -80,8 +87,13 @@ class Algorithm(ABC):
             UsageError: no layout of this method fits the bits asked at this shape.
         """
 
-    def layouts(self, shapes: Sequence[tuple[tuple[int, int], bool]]) -> list[Layout]:
-        """The layouts of a whole model's matrices, given as (shape, bias); methods may trade bits between them."""
+    def layouts(
+        self, shapes: Sequence[tuple[tuple[int, int], bool]], allowed: Callable[[Layout], bool] | None = None
+    ) -> list[Layout]:
+        """The layouts of a whole model's matrices, given as (shape, bias); methods may trade bits between them.
+
+        Methods that choose prefer layouts that are ``allowed``; those that have no choice do not ask.
+        """
         return [self.layout(shape, bias) for shape, bias in shapes]
 
     def quantize(
@@ -152,8 +164,10 @@ def preset(name: str) -> tuple[str, dict[str, Any]]:
     Raises:
         UsageError: unknown preset.
     """
-    known = {key: (method, options) for method in names() for key, options in registry.get(method).presets.items()}
-    if name not in known:
-        raise UsageError(f"unknown preset {name!r}; there are {', '.join(known)}.{did_you_mean(name, list(known))}")
-    method, options = known[name]
-    return method, dict(options)
+    methods = [(method, registry.get(method)) for method in names()]
+    for method, cls in methods:
+        if (options := cls.named(name)) is not None:
+            return method, dict(options)
+    known = [key for _, cls in methods for key in cls.presets]
+    patterns = [cls.preset_pattern for _, cls in methods if cls.preset_pattern]
+    raise UsageError(f"unknown preset {name!r}; there are {', '.join(known + patterns)}.{did_you_mean(name, known)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -140,7 +140,9 @@ class GPTVQ(RowOptions, Algorithm):
     def layout(self, shape: tuple[int, int], bias: bool = False) -> Layout:
         return self.layouts([(shape, bias)])[0]
 
-    def layouts(self, shapes: Sequence[tuple[tuple[int, int], bool]]) -> list[Layout]:
+    def layouts(
+        self, shapes: Sequence[tuple[tuple[int, int], bool]], allowed: Callable[[Layout], bool] | None = None
+    ) -> list[Layout]:
         candidates = {key: list(self._candidates(*key)) for key in set(shapes)}
         for (shape, _), options in candidates.items():
             if not options:

@@ -3,29 +3,55 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from octavo._core.errors import UsageError
-from octavo.algorithms._base import Algorithm, Problem, check_damping, registry
+from octavo.algorithms._base import MAX_BITS, MIN_BITS, Algorithm, Problem, check_damping, registry
+from octavo.algorithms._books import output_loss
 from octavo.algorithms._choose import VECTOR_LENGTHS, allocate, stage_choices
+from octavo.algorithms._columns import ColumnCoder, ColumnFit
 from octavo.layout import CodebookDtype, Layout, Outliers
-from octavo.math.assign import nearest
 from octavo.math.feedback import error_feedback
 from octavo.math.hessian import Factor, dead_columns, factorize
-from octavo.math.kmeans import kmeans
-from octavo.math.pack import pack
-from octavo.stored import decode_codebooks, pack_codes, store_codebooks, to_stored
+from octavo.stored import to_stored
 
 #: Largest codebook that is chosen without being asked for: k-means time per weight grows with 2^bits.
 _MAX_AUTO_BITS = 12
 #: Share of the bits that the column norm may cost when it is not asked for; its gain is about one percent of the error.
 _NORM_BUDGET = 0.01
+#: Names of public checkpoints: vector length, centroids, residual centroids (0 or none: no residual).
+_COMMUNITY = re.compile(r"v(\d+)-k(\d+)(?:-(\d+))?(?:-woft)?", re.IGNORECASE)
+
+
+def _published(
+    bits: float, v: int, k: int, residual: int = 0, outliers: tuple[float, int] = (0, 0), groups: int = 1
+) -> dict[str, Any]:
+    """A row of the paper's Table 8; outliers are (percent of the columns, centroids) and take vectors of 4."""
+    percent, size = outliers
+    fine = {"outlier_percent": percent, "outlier_vector_length": 4, "outlier_centroids": size} if percent else {}
+    return {"bits": bits, "vector_length": v, "centroids": k, "residual_centroids": residual, "groups": groups} | fine
+
+
+#: The settings of the paper, by model and bits, as the authors count them (without permutation and norm).
+_PRESETS = {
+    "llama2-7b-2.02": _published(2.02, 6, 4096),
+    "llama2-7b-2.26": _published(2.26, 12, 4096, 4096, (1, 8192), 4),
+    "llama2-13b-2.02": _published(2.02, 6, 4096),
+    "llama2-13b-2.18": _published(2.18, 12, 4096, 4096, (2, 8192), 4),
+    "llama2-70b-2.07": _published(2.07, 12, 4096, 4096, (1, 4096), 4),
+    "llama2-70b-2.11": _published(2.11, 12, 4096, 4096, (1, 8192), 8),
+    "llama3-8b-2.08": _published(2.08, 12, 4096, 4096, (1, 4096), 1),
+    "llama3-8b-2.24": _published(2.24, 6, 4096, 0, (1, 8192), 16),
+    "llama3-70b-2.02": _published(2.02, 12, 4096, 4096, (0, 0), 1),
+    "llama3-70b-2.07": _published(2.07, 6, 4096, 0, (1, 4096), 16),
+}
 
 
 @registry.register("vptq")
@@ -48,6 +74,9 @@ class VPTQ(Algorithm):
         norm: store mean and standard deviation of every input column and quantize the normalised matrix, with the
             scale folded into the Hessian; None decides by its cost of 32 bits per column.
         permute: quantize columns by falling H_jj. Without groups and outliers the order costs nothing to store.
+        update_columns: columns that are quantized from the same values before their errors are fed back to the rest.
+            1 is the paper's channel-independent update; the vector length is what methods with vectors along a row must
+            do; 0 feeds nothing back.
         codebook_dtype: of the centroids; ``auto`` takes int8 with one scale per codebook.
         iterations: most Lloyd steps of each k-means; refits of a sweep take a quarter of it.
         sample: vectors per centroid in k-means; of a larger matrix a random sample is fitted first, and the last steps
@@ -58,6 +87,8 @@ class VPTQ(Algorithm):
     """
 
     name: ClassVar[str] = "vptq"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType(_PRESETS)
+    preset_pattern: ClassVar[str] = "names of public VPTQ checkpoints such as v8-k65536-256"
 
     bits: float = 2.25
     vector_length: int | None = None
@@ -69,6 +100,7 @@ class VPTQ(Algorithm):
     outlier_centroids: int = 256
     norm: bool | None = None
     permute: bool = True
+    update_columns: int = 1
     codebook_dtype: CodebookDtype | Literal["auto"] = "auto"
     iterations: int = 20
     sample: int = 256
@@ -91,18 +123,35 @@ class VPTQ(Algorithm):
         check_damping(self)
         if self.codebook_dtype not in ("auto", "int8", "float16", "bfloat16", "float32"):
             raise UsageError(f"vptq: codebook_dtype wanted auto, int8, float16, .., got {self.codebook_dtype!r}")
-        for option, least in (("iterations", 1), ("sample", 0), ("sweeps", 0)):
+        for option, least in (("iterations", 1), ("sample", 0), ("sweeps", 0), ("update_columns", 0)):
             value = getattr(self, option)
             if type(value) is not int or value < least:
                 raise UsageError(f"vptq: {option} wanted a whole number >= {least}, got {value!r}")
 
     # ---------------------------------------------------------------- layout
 
+    @classmethod
+    def named(cls, name: str) -> Mapping[str, Any] | None:
+        options = super().named(name)
+        found = _COMMUNITY.fullmatch(name)
+        if options is None and found:
+            v, k, residual = (int(part or 0) for part in found.groups())
+            index_bits = sum(max(size.bit_length() - 1, 0) for size in (k, residual)) / max(v, 1)
+            bits = min(max(index_bits, MIN_BITS), MAX_BITS)
+            options = {"bits": bits, "vector_length": v, "centroids": k, "residual_centroids": residual}
+        # As the published code stores them.
+        return options and {**options, "norm": True, "codebook_dtype": "float16"}
+
     def layout(self, shape: tuple[int, int], bias: bool = False) -> Layout:
         return self.layouts([(shape, bias)])[0]
 
-    def layouts(self, shapes: Sequence[tuple[tuple[int, int], bool]]) -> list[Layout]:
+    def layouts(
+        self, shapes: Sequence[tuple[tuple[int, int], bool]], allowed: Callable[[Layout], bool] | None = None
+    ) -> list[Layout]:
         candidates = {key: list(self._candidates(*key)) for key in set(shapes)}
+        if allowed is not None:
+            # If none is, whoever forbids them has the words for it.
+            candidates = {key: [x for x in options if allowed(x)] or options for key, options in candidates.items()}
         for (shape, _), options in candidates.items():
             if not options:
                 raise UsageError(
@@ -178,17 +227,23 @@ class VPTQ(Algorithm):
             weight, hessian = weight[:, order], hessian[order][:, order]
         factor = factorize(hessian, name, self.damping)
         dead = dead_columns(hessian)
-        coder = _ColumnCoder(layout, weight.device, name)
-        fit = _Fit(weight, factor, dead, problem.generator, self.iterations, self.sample)
+        coder = ColumnCoder(layout, weight.device, name)
+        # A column's error counts with 1/U_jj^2 where later columns make up for it, else with H_jj.
+        diagonal = torch.diagonal(hessian)
+        importance = 1 / factor.variance if self.update_columns else diagonal + self.damping * diagonal.mean()
+        fit = ColumnFit(importance, dead, problem.generator, self.iterations, self.sample)
         fit.codebooks(coder, weight)
         if len(layout.stages) > 1:
-            quantized, compensated = error_feedback(weight, factor, coder.quantize)
+            quantized, compensated = self._sweep(weight, factor, coder)
             fit.residual(coder, compensated - quantized)
         best, least = None, math.inf
         for sweep in range(self.sweeps + 1):
-            quantized, compensated = error_feedback(weight, factor, coder.quantize)
-            # The proxy loss, up to damping: under feedback every column's error counts by itself.
-            loss = float(((compensated - quantized).square().sum(dim=0) / factor.variance).sum())
+            quantized, compensated = self._sweep(weight, factor, coder)
+            if self.update_columns == 1:
+                # The proxy loss, up to damping: under feedback every column's error counts by itself.
+                loss = float(((compensated - quantized).square().sum(dim=0) / factor.variance).sum())
+            else:
+                loss = output_loss(weight, quantized, hessian)
             if best is None or loss < least:
                 best, least = coder.snapshot(), loss
             if sweep < self.sweeps:
@@ -202,6 +257,12 @@ class VPTQ(Algorithm):
             back = torch.argsort(order)
         return tensors | best.tensors(back)
 
+    def _sweep(self, weight: Tensor, factor: Factor, coder: ColumnCoder) -> tuple[Tensor, Tensor]:
+        """(quantized, compensated) of one pass over all columns, as :func:`error_feedback` gives them."""
+        if self.update_columns:
+            return error_feedback(weight, factor, coder.quantize, self.update_columns)
+        return coder.quantize(weight, 0, weight), weight
+
 
 def _column_norm(weight: Tensor, layout: Layout, name: str) -> tuple[Tensor, Tensor]:
     """Standard deviation and mean [in] of every input column, as stored; a constant column has scale one."""
@@ -209,183 +270,3 @@ def _column_norm(weight: Tensor, layout: Layout, name: str) -> tuple[Tensor, Ten
     offset = to_stored(weight.mean(dim=0), dtype, f"{name}: column means")
     scale = to_stored((weight - offset.float()).square().mean(dim=0).sqrt(), dtype, f"{name}: column scales")
     return torch.where(scale > 0, scale, torch.ones_like(scale)), offset
-
-
-def to_vectors(columns: Tensor, v: int) -> Tensor:
-    """[out, n] columns to vectors [n * ceil(out / v), v], column by column, zero-padded at the bottom."""
-    padded = functional.pad(columns.T, (0, -columns.shape[0] % v))
-    return padded.reshape(-1, v)
-
-
-@dataclass
-class _ColumnCoder:
-    """The codebooks of a matrix, as they will be stored, and the codes of the columns quantized so far."""
-
-    layout: Layout
-    device: torch.device
-    name: str
-    stored: dict[str, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        layout = self.layout
-        self.outliers = layout.outliers.columns if layout.outliers else 0
-        self.group_columns = layout.tile[1] if layout.tile else layout.main_columns
-        self.groups = layout.books_shape[1]
-        self.main: list[list[Tensor]] = [[] for _ in range(self.groups)]  # [group][stage] -> [k, v]
-        self.outlier_book: Tensor | None = None
-        rows, columns = layout.index_shape
-        self.codes = [torch.zeros(columns, rows, dtype=torch.int64, device=self.device) for _ in layout.stages]
-        if layout.outliers:
-            rows = -(-layout.shape[0] // layout.outliers.vector_length)
-            self.outlier_codes = torch.zeros(self.outliers, rows, dtype=torch.int64, device=self.device)
-
-    def snapshot(self) -> _ColumnCoder:
-        """A copy whose stored tensors and codes later passes do not touch."""
-        copy = replace(self, stored={name: tensor.clone() for name, tensor in self.stored.items()})
-        copy.codes = [codes.clone() for codes in self.codes]
-        if self.outliers:
-            copy.outlier_codes = self.outlier_codes.clone()
-        return copy
-
-    def columns(self, group: int) -> slice:
-        """The columns (in processing order) of a group."""
-        start = self.outliers + group * self.group_columns
-        return slice(start, min(start + self.group_columns, self.layout.shape[1]))
-
-    def set_book(self, group: int, stage: int, centroids: Tensor) -> None:
-        """Store a codebook; what is used from now on is what the stored form decodes to."""
-        one = replace(self.layout, tile=None)
-        parts = store_codebooks(one, stage, centroids.unsqueeze(0), f"{self.name}: codebook {stage}")
-        for name, (dtype, shape) in self.layout.tensors().items():
-            if name in parts:
-                self.stored.setdefault(name, torch.zeros(shape, dtype=dtype, device=self.device))[group] = parts[name][
-                    0
-                ]
-        used = decode_codebooks(one, stage, parts)[0]
-        if stage < len(self.main[group]):
-            self.main[group][stage] = used
-        else:
-            self.main[group].append(used)
-
-    def set_outlier_book(self, centroids: Tensor) -> None:
-        """Store the codebook of the outlier columns."""
-        dtype = self.layout.tensors()["outlier_codebook"][0]
-        self.stored["outlier_codebook"] = to_stored(centroids, dtype, f"{self.name}: outlier codebook")
-        self.outlier_book = self.stored["outlier_codebook"].float()
-
-    def quantize(self, values: Tensor, position: int, upcoming: Tensor) -> Tensor:
-        """Quantize one column [out, 1]; a :data:`octavo.math.feedback.BlockQuantizer`."""
-        out = values.shape[0]
-        column = values.reshape(1, out)
-        if position < self.outliers:
-            assert self.outlier_book is not None
-            decoded, self.outlier_codes[position] = _encode(column, self.outlier_book)
-        else:
-            position -= self.outliers
-            decoded = None
-            for stage, book in enumerate(self.main[position // self.group_columns]):
-                part, self.codes[stage][position] = _encode(column if decoded is None else column - decoded, book)
-                decoded = part if decoded is None else decoded + part
-            assert decoded is not None
-        return decoded.reshape(out, 1)
-
-    def tensors(self, back: Tensor) -> dict[str, Tensor]:
-        """Everything stored except norm, permutation and bias; column c of the file is processed column back[c]."""
-        layout = self.layout
-        tensors = dict(self.stored)
-        order = back[self.outliers :] - self.outliers
-        tensors["indices"] = pack_codes(layout, [codes[order].T for codes in self.codes])
-        if layout.outliers:
-            tensors["outlier_indices"] = pack(self.outlier_codes.T, layout.outliers.bits)
-        return tensors
-
-
-def _encode(column: Tensor, book: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest centroids of a column [1, out]: (decoded [1, out], codes [ceil(out / v)]).
-
-    The elements past the end of the last vector have no weight in its choice.
-    """
-    out, v = column.shape[1], book.shape[1]
-    spare = -out % v
-    points = functional.pad(column, (0, spare)).reshape(-1, v) if spare else column.reshape(-1, v)
-    codes = nearest(points, book)
-    if spare:
-        mask = torch.ones(1, v, device=column.device)
-        mask[:, v - spare :] = 0
-        codes[-1:] = nearest(points[-1:], book, mask)
-    return book.index_select(0, codes).reshape(1, -1)[:, :out], codes
-
-
-@dataclass
-class _Fit:
-    """k-means fits of the codebooks: weights are 1/U_jj^2, the weight of a column's error under feedback."""
-
-    weight: Tensor
-    factor: Factor
-    dead: Tensor
-    generator: torch.Generator
-    iterations: int
-    sample: int
-
-    def __post_init__(self) -> None:
-        importance = 1 / self.factor.variance
-        # Dead channels were given the mean diagonal to be factorised; they must not pull centroids.
-        self.importance = torch.where(self.dead, importance * 1e-3, importance)
-
-    def _vectors(self, values: Tensor, columns: slice, v: int) -> tuple[Tensor, Tensor]:
-        """Vectors of some columns and their weights; a last vector that is mostly padding is left out."""
-        values = values[:, columns]
-        out = values.shape[0]
-        importance = self.importance[columns]
-        if out % v and out > v:
-            values = values[: out - out % v]
-        vectors = to_vectors(values, v)
-        weights = importance.repeat_interleave(vectors.shape[0] // importance.numel())
-        if out < v:
-            mask = torch.zeros(v, device=values.device)
-            mask[:out] = 1
-            return vectors, weights.unsqueeze(1) * mask
-        return vectors, weights
-
-    def codebooks(self, coder: _ColumnCoder, values: Tensor) -> None:
-        """Main codebooks of all groups, and the outliers' one."""
-        layout = coder.layout
-        if layout.outliers:
-            o = layout.outliers
-            vectors, weights = self._vectors(values, slice(0, o.columns), o.vector_length)
-            coder.set_outlier_book(self._kmeans(vectors, weights, 1 << o.bits))
-        for group in range(coder.groups):
-            self._fit(coder, values, group, 0)
-
-    def residual(self, coder: _ColumnCoder, error: Tensor) -> None:
-        """Residual codebooks on what the first pass left."""
-        for group in range(coder.groups):
-            self._fit(coder, error, group, 1)
-
-    def _fit(self, coder: _ColumnCoder, values: Tensor, group: int, stage: int) -> None:
-        vectors, weights = self._vectors(values, coder.columns(group), coder.layout.vector_length)
-        coder.set_book(group, stage, self._kmeans(vectors, weights, 1 << coder.layout.stages[stage]))
-
-    def _kmeans(self, vectors: Tensor, weights: Tensor, k: int, start: Tensor | None = None) -> Tensor:
-        iterations = self.iterations if start is None else max(self.iterations // 4, 1)
-        return kmeans(
-            vectors,
-            weights,
-            k,
-            generator=self.generator,
-            iterations=iterations,
-            sample=self.sample or None,
-            start=start,
-        ).centroids
-
-    def refit(self, coder: _ColumnCoder, compensated: Tensor) -> None:
-        """Refit each codebook on the values that the feedback pass really had to code, the other stage fixed."""
-        for group in range(coder.groups):
-            vectors, weights = self._vectors(compensated, coder.columns(group), coder.layout.vector_length)
-            for stage in range(len(coder.layout.stages)):
-                books = coder.main[group]
-                target = vectors
-                for other in range(stage):
-                    target = target - books[other][nearest(target, books[other])]
-                k = 1 << coder.layout.stages[stage]
-                coder.set_book(group, stage, self._kmeans(target, weights, k, start=books[stage]))

@@ -47,8 +47,11 @@ def in_words(layout: Layout) -> str:
     return ", ".join(parts)
 
 
-def groups(layouts: Mapping[str, Layout]) -> list[dict[str, Any]]:
-    """Modules that differ in numbers alone (the block, the expert) and have the same layout, in order of appearance."""
+def groups(layouts: Mapping[str, Layout], sizes: Mapping[str, int] | None = None) -> list[dict[str, Any]]:
+    """Modules that differ in numbers alone (the block, the expert) and have the same layout, in order of appearance.
+
+    ``sizes`` are the stored bits of the modules where a file's format stores them otherwise than the layout says.
+    """
     table: dict[tuple[str, Layout], list[str]] = {}
     for module, layout in layouts.items():
         table.setdefault((re.sub(r"\.\d+(?=\.|$)", ".*", module), layout), []).append(module)
@@ -58,15 +61,19 @@ def groups(layouts: Mapping[str, Layout]) -> list[dict[str, Any]]:
             "count": len(modules),
             "shape": list(layout.shape),
             "nominal_bits": layout.nominal_bits,
-            "bits_per_weight": layout.bits_per_weight,
-            "bytes": -(-layout.bits() // 8) * len(modules),
+            "bits_per_weight": _bits(modules[0], layout, sizes) / layout.weights,
+            "bytes": -(-_bits(modules[0], layout, sizes) // 8) * len(modules),
             "layout": in_words(layout),
         }
         for (pattern, layout), modules in table.items()
     ]
 
 
-def rows(layouts: Mapping[str, Layout]) -> list[list[str]]:
+def _bits(module: str, layout: Layout, sizes: Mapping[str, int] | None) -> int:
+    return layout.bits() if sizes is None else sizes[module]
+
+
+def rows(layouts: Mapping[str, Layout], sizes: Mapping[str, int] | None = None) -> list[list[str]]:
     """:func:`groups` as cells under :data:`COLUMNS`."""
     return [
         [
@@ -78,21 +85,22 @@ def rows(layouts: Mapping[str, Layout]) -> list[list[str]]:
             size(group["bytes"]),
             group["layout"],
         ]
-        for group in groups(layouts)
+        for group in groups(layouts, sizes)
     ]
 
 
-def totals(layouts: Mapping[str, Layout]) -> dict[str, Any]:
-    """Index bits and true bits per weight, weights and bytes of all matrices together."""
+def totals(layouts: Mapping[str, Layout], sizes: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Index bits and true bits per weight, weights and bytes of all matrices together; ``sizes`` as for groups."""
     weights = sum(layout.weights for layout in layouts.values())
     nominal = sum(layout.nominal_bits * layout.weights for layout in layouts.values())
-    bits = sum(layout.bits() for layout in layouts.values())
+    each = [_bits(module, layout, sizes) for module, layout in layouts.items()]
+    bits = sum(each)
     return {
         "matrices": len(layouts),
         "weights": weights,
         "nominal_bits": nominal / weights if weights else None,
         "bits_per_weight": bits / weights if weights else None,
-        "bytes": sum(-(-layout.bits() // 8) for layout in layouts.values()),
+        "bytes": sum(-(-bits // 8) for bits in each),
     }
 
 

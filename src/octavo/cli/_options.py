@@ -16,6 +16,13 @@ class SideDtype(StrEnum):
     float32 = "float32"
 
 
+class FileFormat(StrEnum):
+    """The formats that can be written."""
+
+    octavo = "octavo"
+    vptq = "vptq"
+
+
 class BadHessian(StrEnum):
     """What to do with a matrix whose calibration statistics are unusable."""
 
@@ -38,7 +45,11 @@ Bits = Annotated[
 ]
 Preset = Annotated[
     str | None,
-    typer.Option("--preset", metavar="NAME", help="A published setting, such as 4d-2.25: method, bits and options."),
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help="A published setting, such as 4d-2.25 or v8-k65536-256: method, bits and options.",
+    ),
 ]
 Calibration = Annotated[
     str,
@@ -54,6 +65,10 @@ Skip = Annotated[
     list[str] | None, typer.Option("--skip", metavar="PATTERN", help="Glob of layers to leave as they are; repeatable.")
 ]
 Side = Annotated[SideDtype, typer.Option("--side-dtype", help="Stored dtype of scales, offsets and biases.")]
+Format = Annotated[
+    FileFormat,
+    typer.Option("--format", help="Of the files: Octavo's own, or VPTQ's, within what the vptq package can read."),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="An option of the method, value as JSON; repeatable."),

@@ -18,7 +18,7 @@ from typer.main import get_command
 
 import octavo
 from octavo._core.errors import OctavoError
-from octavo.cli import chat, compare, demo, doctor, evaluate, inspect, plan, quantize, study, tune, verify
+from octavo.cli import chat, compare, convert, demo, doctor, evaluate, inspect, plan, quantize, study, tune, verify
 from octavo.cli._output import print_json
 
 INTERRUPTED = 130
@@ -38,6 +38,7 @@ app = typer.Typer(
 for name, module in {
     "quantize": quantize,
     "tune": tune,
+    "convert": convert,
     "plan": plan,
     "eval": evaluate,
     "compare": compare,

@@ -32,6 +32,7 @@ def command(
     ctx: options.Context = None,
     skip: options.Skip = None,
     side_dtype: options.Side = options.SideDtype.float16,
+    format: options.Format = options.FileFormat.octavo,
     settings: options.Settings = None,
     tensor_parallel: Annotated[
         int, typer.Option("--tensor-parallel", min=1, help="Check that N ranks can split every matrix.")
@@ -62,6 +63,7 @@ def command(
             samples=samples,
             ctx=ctx,
             side_dtype=side_dtype.value,
+            format=format.value,
             tensor_parallel=tensor_parallel,
             trust_remote_code=trust_remote_code,
             revision=revision,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -53,7 +54,20 @@ def command(
         options.BadHessian,
         typer.Option("--on-bad-hessian", help="Matrix with unusable statistics: stop, or quantize it without them."),
     ] = options.BadHessian.error,
+    format: options.Format = options.FileFormat.octavo,
     settings: options.Settings = None,
+    tune_blocks: Annotated[
+        bool,
+        typer.Option("--tune-blocks", help="Tune every block towards its original's output once it is quantized."),
+    ] = False,
+    tune_blocks_settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tune-blocks-set",
+            metavar="KEY=VALUE",
+            help="An option of that: steps, batch_tokens, lr, train, held_out, target; repeatable.",
+        ),
+    ] = None,
     tune: Annotated[
         bool, typer.Option("--tune", help="Tune the result end to end before it is written, as `octavo tune` does.")
     ] = False,
@@ -75,6 +89,7 @@ def command(
     """
     with Output(as_json, quiet) as output:
         algorithm_options = parse_settings(settings or [])
+        block_options = parse_settings(tune_blocks_settings or [], "--tune-blocks-set")
         tune_options = parse_settings(tune_settings or [], "--tune-set")
         from octavo.pipeline import run
 
@@ -98,6 +113,8 @@ def command(
                 skip=tuple(skip or ()),
                 on_bad_hessian=on_bad_hessian.value,
                 side_dtype=side_dtype.value,
+                format=format.value,
+                tune_blocks=block_options if tune_blocks or block_options else None,
                 tune=tune_options if tune or tune_options else None,
                 trust_remote_code=trust_remote_code,
                 revision=revision,
@@ -121,6 +138,13 @@ def show(output: Output, report: Report) -> None:
     }
     if errors:
         facts["proxy error"] = f"mean {sum(errors) / len(errors):.5f}, worst {max(errors):.5f}"
+    if report.block_tuned is not None:
+        before, after = (
+            fmean(getattr(row, key) for row in report.block_tuned) for key in ("loss_before", "loss_after")
+        )
+        facts["blocks tuned"] = (
+            f"error of a block's output {before:.5f} before, {after:.5f} after, mean of held-out text"
+        )
     if report.tuned is not None:
         facts |= tuning_facts(report.tuned)
     output.facts(facts | costs(report))

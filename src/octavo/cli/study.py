@@ -1,155 +1,17 @@
-"""``octavo study dimension [MODEL] --out DIR``: what vectors of more weights bring, with tables and a plot."""
+"""``octavo study ...``: measurements that answer a question, with tables and a plot."""
 
 from __future__ import annotations
 
-import math
 import sys
-from typing import Annotated, Any
 
 import typer
 
-from octavo._core.errors import UsageError
-from octavo.cli import _options as options
-from octavo.cli._output import (
-    JsonOption,
-    Output,
-    QuietOption,
-    RemoteCodeOption,
-    ThreadsOption,
-    duration,
-    quiet_libraries,
-    use_threads,
-)
-from octavo.cli.quantize import resumable
+from octavo.cli import study_dimension, study_vptq
 
 app = typer.Typer(
     help="Studies: measurements that answer a question, with tables and a plot.",
     no_args_is_help=True,
     rich_markup_mode="rich" if sys.stdout.isatty() else None,
 )
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `dimension` a command of its own name."""
-
-
-@app.command("dimension")
-def command(
-    context: typer.Context,
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Local folder, hub id, or .gguf file.")] = None,
-    out: Annotated[
-        str | None, typer.Option("--out", metavar="DIR", help="Folder for dimension.json, .md and .svg.")
-    ] = None,
-    redraw: Annotated[
-        str | None,
-        typer.Option("--redraw", metavar="JSON", help="Only write tables and plot of a dimension.json again."),
-    ] = None,
-    dimensions: Annotated[str, typer.Option("--dimensions", help="Weights per vector.")] = "1,2,4,8",
-    bits: Annotated[str, typer.Option("--bits", help="Rates R in bits per weight.")] = "2,3,4",
-    overhead: Annotated[
-        float, typer.Option("--overhead", help="Bits per weight on top of R for codebooks and scales at equal bits.")
-    ] = 0.25,
-    layers: Annotated[
-        str, typer.Option("--layers", help="How many blocks, spread evenly, or their indices: 0,15,29 (one: '7,').")
-    ] = "3",
-    no_gaussian: Annotated[bool, typer.Option("--no-gaussian", help="Leave out the Gaussian vectors.")] = False,
-    no_layers: Annotated[bool, typer.Option("--no-layers", help="Leave out the model's matrices.")] = False,
-    no_model: Annotated[bool, typer.Option("--no-model", help="Leave out the quantized models.")] = False,
-    method: Annotated[str, typer.Option("--method", "-m", help="Any method with vector_length.")] = "gptvq",
-    max_centroids: Annotated[
-        int, typer.Option("--max-centroids", help="Larger codebooks are not fitted; their rows say so.")
-    ] = 65536,
-    text: options.EvaluationText = None,
-    calib: options.Calibration = "bundled",
-    samples: options.Samples = 32,
-    ctx: options.Context = None,
-    max_tokens: options.MaxTokens = None,
-    seed: options.Seed = 0,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the quantized models in DIR/models.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the study in DIR; finished rows stay.")] = False,
-    threads: ThreadsOption = None,
-    trust_remote_code: RemoteCodeOption = False,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure how the vectors' dimension lowers the error: on Gaussian vectors, on MODEL's matrices, on MODEL itself.
-
-    Gaussian vectors and matrices are compared with the rate-distortion limit; models of equal true bits by their KL
-    divergence from the original. Every row is saved; a study that was stopped or killed continues with --resume.
-    """
-    with Output(as_json, quiet) as output:
-        if redraw is None and out is None:
-            raise UsageError("--out is missing: the folder for the results.")
-        dropped = {"gaussian": no_gaussian, "layers": no_layers, "model": no_model}
-        values: dict[str, Any] = {
-            "dimensions": _numbers("--dimensions", dimensions, whole=True),
-            "bits": _numbers("--bits", bits),
-            "parts": tuple(part for part, left_out in dropped.items() if not left_out),
-            "blocks": _numbers("--layers", layers, whole=True),
-        }
-        if "," not in layers:
-            # A number of blocks; with a comma, the indices of some.
-            (values["blocks"],) = values["blocks"]
-        from octavo.cli.doctor import examine
-        from octavo.report import study
-
-        use_threads(threads)
-        if redraw is not None:
-            show(output, study.redraw(redraw, out))
-            return
-        assert out is not None
-        chosen = study.Options(
-            **values,
-            overhead=overhead,
-            method=method,
-            max_centroids=max_centroids,
-            text=text,
-            calib=calib,
-            samples=samples,
-            ctx=ctx,
-            max_tokens=max_tokens,
-            seed=seed,
-            keep=keep,
-            trust_remote_code=trust_remote_code,
-        )
-        quiet_libraries()
-        machine = {name: fact for name, fact in examine().items() if name != "executable"}
-        with resumable(output, context, "this row or block") as stop:
-            document = study.run(
-                out,
-                model,
-                chosen,
-                resume=resume,
-                facts={"command": ["octavo", *(context.obj or ())], "machine": machine},
-                say=output.progress,
-                progress=output.event,
-                stop=stop,
-            )
-        show(output, document)
-
-
-def show(output: Output, document: dict[str, Any]) -> None:
-    """The tables of a study, or its document."""
-    from octavo.report.tables import tables
-
-    for note in document["notes"]:
-        output.warn(note)
-    output.document(document)
-    for title, about, columns, rows in tables(document):
-        output.table(columns, rows, title=title)
-        output.say(about + "\n")
-    output.say(duration(document["seconds"]))
-
-
-def _numbers(option: str, text: str, whole: bool = False) -> tuple[Any, ...]:
-    """Distinct comma-separated numbers, whole ones as int."""
-    try:
-        numbers = [float(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        numbers = []
-    usable = all(math.isfinite(n) and (n == int(n) or not whole) for n in numbers)
-    if not numbers or not usable or len(set(numbers)) < len(numbers):
-        kind = "whole numbers" if whole else "numbers"
-        raise UsageError(f"{option} wanted distinct {kind} with commas between, got {text!r}")
-    return tuple(int(n) if n == int(n) else n for n in numbers)
+app.command("dimension")(study_dimension.command)
+app.command("vptq")(study_vptq.command)

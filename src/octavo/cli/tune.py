@@ -25,11 +25,17 @@ if TYPE_CHECKING:
 
 def command(
     context: typer.Context,
-    quantized: Annotated[str, typer.Argument(metavar="QUANTIZED", help="Folder that `octavo quantize` wrote.")],
+    quantized: Annotated[
+        str, typer.Argument(metavar="QUANTIZED", help="Folder of a quantized model, Octavo's or VPTQ's.")
+    ],
     out: options.NewFolder,
     reference: Annotated[
         str, typer.Option("--reference", metavar="MODEL", help="The original model: folder, hub id, or .gguf file.")
     ],
+    format: Annotated[
+        options.FileFormat | None,
+        typer.Option("--format", help="Of the result's files.", show_default="the one of QUANTIZED"),
+    ] = None,
     calib: options.Calibration = "bundled",
     samples: Annotated[
         int | None, typer.Option("--samples", min=2, help="Windows of text.", show_default="what there is, at most 128")
@@ -91,6 +97,7 @@ def command(
                 quantized,
                 out,
                 reference=reference,
+                format=format.value if format else None,
                 resume=resume,
                 force_new=force_new,
                 keep_work=keep_work,

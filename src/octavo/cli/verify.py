@@ -16,9 +16,10 @@ def command(out: options.Quantized, as_json: JsonOption = False) -> None:
     with Output(as_json) as output:
         if not Path(out).is_dir():
             raise FormatError(f"{out} is no folder.")
-        from octavo.formats import native
+        from octavo import formats
+        from octavo.models import quantized
 
-        problems = native.problems(out)
+        problems = formats.problems(out, quantized.shapes(out))
         files = [path for path in Path(out).rglob("*") if path.is_file()]
         total = sum(path.stat().st_size for path in files)
         document = {"path": str(out), "ok": not problems, "files": len(files), "bytes": total, "problems": problems}

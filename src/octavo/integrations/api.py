@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from octavo import formats
 from octavo._core.errors import FormatError, UsageError
 from octavo.calibration.data import EVALUATION, Tokens, read_text, window_length, windows
 from octavo.evaluation import harness, zeroshot
 from octavo.evaluation.metrics import Metrics
 from octavo.evaluation.metrics import evaluate as evaluate_models
-from octavo.formats import CheckpointReader, native
+from octavo.formats import CheckpointReader
 from octavo.integrations.transformers import Decode, load
+from octavo.models import quantized
 from octavo.models.source import resolve
 
 #: What is being done -> (done, total).
@@ -32,6 +34,7 @@ class _Source:
     folder: Path
     tokenizer: Any
     positions: int | None
+    bits_per_weight: float | None
 
 
 def evaluate(
@@ -190,8 +193,9 @@ def _open(name: str, trust_remote_code: bool) -> _Source:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         folder = resolve(name, trust_remote_code=trust_remote_code).folder
-    if native.is_native(folder):
-        native.check(folder)
+    bits = None
+    if formats.is_quantized(folder):
+        bits = quantized.check(folder, trust_remote_code=trust_remote_code).bits_per_weight
     local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(folder, **local)
@@ -199,7 +203,7 @@ def _open(name: str, trust_remote_code: bool) -> _Source:
     except (OSError, ValueError, KeyError) as error:
         raise FormatError(f"{folder}: transformers cannot load config or tokenizer: {error}") from error
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return _Source(name, folder, tokenizer, limit)
+    return _Source(name, folder, tokenizer, limit, bits)
 
 
 def _tokens(
@@ -239,13 +243,12 @@ def placement(device: str | None, dtype: str | torch.dtype | None) -> tuple[str 
 
 def _describe(source: _Source, model: nn.Module, metrics: Metrics) -> dict[str, Any]:
     folder = source.folder
-    layouts = native.read_config(folder).layouts.values() if native.is_native(folder) else []
     parameter = next(model.parameters())
     measured = metrics.to_dict()
     return {
         "model": source.name,
         **{key: measured.pop(key) for key in ("perplexity", "perplexity_se", "kl", "kl_se", "top1", "top1_se")},
-        "bits_per_weight": sum(x.bits() for x in layouts) / sum(x.weights for x in layouts) if layouts else None,
+        "bits_per_weight": source.bits_per_weight,
         "file_bytes": sum(path.stat().st_size for path in CheckpointReader(folder).files),
         "folder_bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
         **{key: measured[key] for key in ("nll", "nll_se", "nll_gap", "nll_gap_se", "kl_median", "warning")},

@@ -1,4 +1,7 @@
-"""Octavo checkpoints in transformers: the quantizer behind ``from_pretrained``, and :func:`load`."""
+"""Quantized checkpoints in transformers: the quantizer behind ``from_pretrained``, and :func:`load`.
+
+transformers has a quantizer of its own for VPTQ, which since version 5 loads no checkpoint; this one takes its place.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +15,26 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from octavo import formats
 from octavo._core.errors import FormatError, ResourceError, UsageError
-from octavo.formats import native
-from octavo.formats.reader import CheckpointReader, listing
+from octavo.formats import CONFIG_FILE, CheckpointReader, Quantized, Stored, native
+from octavo.formats.reader import listing
 from octavo.layout import Layout
+from octavo.models import quantized
 from octavo.nn import VQLinear
 
 Decode = Literal["auto", "dense", "packed"]
 
 
 def register() -> None:
-    """Put the quantizer into transformers' tables under ``"octavo"``; a second call does nothing."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(native.QUANT_METHOD, OctavoConfig)
-    AUTO_QUANTIZER_MAPPING.setdefault(native.QUANT_METHOD, OctavoQuantizer)
+    """Put the quantizer into transformers' tables for every format that Octavo reads; a second call does nothing."""
+    for name in formats.registry:
+        AUTO_QUANTIZATION_CONFIG_MAPPING[name] = OctavoConfig
+        AUTO_QUANTIZER_MAPPING[name] = OctavoQuantizer
 
 
 class OctavoConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a native checkpoint; its attributes are exactly the keys in config.json.
+    """``quantization_config`` of a quantized checkpoint; its attributes are exactly the keys in config.json.
 
     Raises:
         FormatError: an unknown format version or key.
@@ -36,7 +42,7 @@ class OctavoConfig(QuantizationConfigMixin):
 
     def __init__(self, /, **raw: Any) -> None:
         raw.setdefault("quant_method", native.QUANT_METHOD)
-        native.parse_config(raw, native.CONFIG_FILE)
+        formats.format_of(raw, CONFIG_FILE).check_config(raw, CONFIG_FILE)
         self.__dict__.update(raw)
 
 
@@ -48,8 +54,8 @@ class OctavoQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: OctavoConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._config = native.parse_config(quantization_config.to_dict(), native.CONFIG_FILE)
-        self._stored = frozenset(self._config.tensors())
+        self._matrices: dict[str, Stored] = {}
+        self._stored: frozenset[str] = frozenset()
         self._transposed: set[str] = set()
 
     @property
@@ -69,26 +75,36 @@ class OctavoQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
-        if folder is not None:
-            native.check(folder, self._config)
-        for name, layout in self._config.layouts.items():
-            old = _linear_at(model, name, layout)
+        raw = self.quantization_config.to_dict()
+        if checkpoint_files:
+            folder = Path(checkpoint_files[0]).parent
+            config = quantized.check(folder, raw)
+        elif raw["quant_method"] == native.QUANT_METHOD:
+            folder, config = None, native.parse_config(raw, CONFIG_FILE)
+        else:
+            raise UsageError("a VPTQ model is loaded from its folder; without one its layers are not known.")
+        self._matrices, self._stored = config.matrices, frozenset(config.tensors())
+        for name, matrix in config.matrices.items():
+            old = _linear_at(model, name, matrix.layout)
             if isinstance(old, Conv1D):
                 self._transposed.add(name)
-            model.set_submodule(name, VQLinear(layout, device="meta"))
+            as_layer = isinstance(matrix, native.NativeMatrix)
+            stand_in = VQLinear(matrix.layout, device="meta") if as_layer else _AsStored(matrix)
+            model.set_submodule(name, stand_in)
         if folder is not None:
             from octavo.models.names import match_names
 
-            match_names(model, CheckpointReader(folder, strict=True))
+            match_names(model, CheckpointReader(folder))
+        self._become_native(model, config)
+
+    def _become_native(self, model: Any, config: Quantized) -> None:
+        """``save_pretrained`` writes what is in memory: layouts and their tensors."""
+        native_config = native.quantization_config(config.layouts, config.method, config.details)
+        if native_config != config.raw:
+            self.quantization_config = model.config.quantization_config = OctavoConfig(**native_config)
+            model.quantization_method = native.QUANT_METHOD
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
-        for name in self._config.layouts:
-            weight = model.get_submodule(name).vq_weight()
-            lost = [key for key, tensor in weight.tensors.items() if tensor.device.type == "meta"]
-            if lost:
-                raise FormatError(f"{name}: {listing(lost)} were not loaded from the checkpoint.")
-            weight.validate(name)
         # transformers marks what it loaded and fills the rest with random numbers; offloaded tensors are on "meta".
         random = [
             name
@@ -97,6 +113,22 @@ class OctavoQuantizer(HfQuantizer):
         ]
         if random:
             raise FormatError(f"{type(model).__name__}: {listing(random)} were not in the checkpoint. Fetch it again.")
+        for name, matrix in self._matrices.items():
+            module = model.get_submodule(name)
+            tensors = {key: module.get_buffer(key) for key in matrix.tensors()}
+            lost = [key for key, tensor in tensors.items() if tensor.device.type == "meta"]
+            if lost:
+                raise FormatError(f"{name}: {listing(lost)} were not loaded from the checkpoint.")
+            weight = matrix.decode(tensors, name)
+            weight.validate(name)
+            if not isinstance(module, VQLinear):
+                layer = VQLinear.from_weight(weight).train(module.training)
+                if hasattr(module, "_hf_hook"):
+                    from accelerate.hooks import add_hook_to_module
+
+                    # It was given to the module that was there while the model was spread over devices.
+                    add_hook_to_module(layer, module._hf_hook)  # type: ignore[arg-type]
+                model.set_submodule(name, layer)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         layers = {name: module for name, module in model.named_modules() if isinstance(module, VQLinear)}
@@ -108,6 +140,25 @@ class OctavoQuantizer(HfQuantizer):
         return model
 
 
+class _AsStored(nn.Module):
+    """Takes the place of a linear layer while a checkpoint is loaded: its buffers are named as the file names them."""
+
+    def __init__(self, matrix: Stored) -> None:
+        super().__init__()
+        # Models initialise layers by these names (GPT-2 its c_proj), but leave alone what has the mark.
+        self.weight = torch.empty(matrix.layout.shape, device="meta")
+        self.weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        self.register_buffer("bias", None)
+        for name, (dtype, shape) in matrix.tensors().items():
+            *parents, leaf = name.split(".")
+            owner: nn.Module = self
+            for parent in parents:
+                if parent not in owner._modules:
+                    owner.add_module(parent, nn.Module())
+                owner = owner.get_submodule(parent)
+            owner.register_buffer(leaf, torch.empty(shape, dtype=dtype, device="meta"))
+
+
 def load(
     path: str | Path,
     dtype: str | torch.dtype | None = None,
@@ -116,7 +167,7 @@ def load(
     *,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """Load a checkpoint folder, Octavo's or an original one, as a transformers model in evaluation mode.
+    """Load a checkpoint folder - Octavo's, VPTQ's or an original one - as a transformers model in evaluation mode.
 
     Args:
         path: the folder (or anything else that ``octavo quantize`` takes as MODEL, which is then fetched or converted).
@@ -138,9 +189,9 @@ def load(
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise UsageError(f"dtype wanted a torch dtype such as 'bfloat16', got {dtype!r}.")
     folder = _folder(path, trust_remote_code)
-    is_native = native.is_native(folder)
-    if is_native:
-        native.check(folder)
+    is_quantized = formats.is_quantized(folder)
+    if is_quantized:
+        quantized.check(folder, trust_remote_code=trust_remote_code)
     else:
         CheckpointReader(folder)
     register()
@@ -165,7 +216,7 @@ def load(
             names = [key if isinstance(key, str) else key[0] for key in report[f"{kind}_keys"]]
             raise FormatError(f"{folder}: tensors that {type(model).__name__} needs are {kind}: {listing(names)}.")
     on_cpu = {tensor.device.type for tensor in model.parameters()} == {"cpu"}
-    if not is_native:
+    if not is_quantized:
         model.octavo_decode = "original"
     elif decode == "dense" or (decode == "auto" and on_cpu):
         model = model.dequantize()
@@ -190,7 +241,7 @@ def _linear_at(model: Any, name: str, layout: Layout) -> nn.Module:
         old = model.get_submodule(name)
     except AttributeError:
         raise FormatError(
-            f"{type(model).__name__} has no module {name}, which {native.CONFIG_FILE} lists as quantized. "
+            f"{type(model).__name__} has no module {name}, which {CONFIG_FILE} lists as quantized. "
             "Load it with AutoModelForCausalLM; if that is what you did, config.json is of another model."
         ) from None
     if isinstance(old, Conv1D):
@@ -200,14 +251,12 @@ def _linear_at(model: Any, name: str, layout: Layout) -> nn.Module:
     else:
         raise FormatError(f"{name} is a {type(old).__name__} in {type(model).__name__}; a linear layer is wanted.")
     if shape != layout.shape:
-        raise FormatError(
-            f"{name} is {shape} in {type(model).__name__}, its layout in {native.CONFIG_FILE} {layout.shape}."
-        )
+        raise FormatError(f"{name} is {shape} in {type(model).__name__}, its layout in {CONFIG_FILE} {layout.shape}.")
     if old.bias is not None and not layout.bias:
         raise FormatError(f"{name} has a bias in {type(model).__name__}, but the checkpoint stores none.")
     tied = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
     if f"{name}.weight" in tied:
-        raise FormatError(f"{name} is quantized but {native.CONFIG_FILE} ties it; 'tie_word_embeddings' must be false.")
+        raise FormatError(f"{name} is quantized but {CONFIG_FILE} ties it; 'tie_word_embeddings' must be false.")
     return old
 
 

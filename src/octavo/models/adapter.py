@@ -74,6 +74,15 @@ class CausalModel:
         """The linear layers of block ``index`` that will be quantized, by full module name."""
         return self._targets[index]
 
+    def dense_layers(self) -> list[str]:
+        """The linear layers that stay as they are, the output head among them, by full module name."""
+        taken = {name for block in self._targets for name in block}
+        return [name for name in skeleton.linear_layers(self._model) if name not in taken]
+
+    def ties(self) -> dict[str, str]:
+        """Name of a tensor that checkpoints may leave out -> the one that it is tied to."""
+        return skeleton.ties(self._model)
+
     def kept(self) -> list[str]:
         """Names of the checkpoint's tensors that are copied unchanged: all but the targets' weights and biases."""
         taken = {f"{name}.{leaf}" for block in self._targets for name in block for leaf in ("weight", "bias")}

@@ -125,6 +125,16 @@ def target_of(module: nn.Module) -> Target:
     return Target((columns, rows) if transposed else (rows, columns), module.bias is not None, transposed)  # type: ignore[arg-type]
 
 
+def linear_layers(model: PreTrainedModel) -> dict[str, Target]:
+    """Every linear layer of a model by module path, the output head among them."""
+    return {name: target_of(module) for name, module in model.named_modules() if is_linear(module)}
+
+
+def ties(model: PreTrainedModel) -> dict[str, str]:
+    """Name of a tensor that checkpoints may leave out -> the one that it is tied to."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
 def matches(name: str, pattern: str) -> bool:
     """Does the glob ``pattern`` match whole consecutive segments of the dotted ``name``?
 

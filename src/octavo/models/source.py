@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from octavo._core.errors import FormatError, UsageError, did_you_mean
 from octavo._core.io import read_json
 from octavo.models import gguf
@@ -52,6 +54,13 @@ class ModelSource:
     name: str
     config: PretrainedConfig
     trust_remote_code: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, as the configuration says; float32 where it says nothing."""
+        found = self.config.dtype
+        found = getattr(torch, found, None) if isinstance(found, str) else found
+        return found if isinstance(found, torch.dtype) else torch.float32
 
     def auxiliary_files(self) -> list[Path]:
         """Tokenizer, chat template, generation defaults and licences, and the model's code if it is trusted; sorted."""

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from octavo._core.errors import UsageError
 from octavo.calibration import capture
-from octavo.formats import native
+from octavo.formats import Quantized
 from octavo.formats.reader import CheckpointReader
 from octavo.models import skeleton
 from octavo.models.adapter import CausalModel
@@ -29,7 +29,7 @@ class Original(CausalModel):
         super().__init__(source, skip=("*",))
         self.notes = []
 
-    def check(self, student: ModelSource, config: native.NativeConfig) -> None:
+    def check(self, student: ModelSource, config: Quantized) -> None:
         """Refuse a model that the quantized one was not made from.
 
         Raises:
@@ -41,7 +41,7 @@ class Original(CausalModel):
                 "quantized from as --reference."
             )
 
-    def _difference(self, student: ModelSource, config: native.NativeConfig) -> str:
+    def _difference(self, student: ModelSource, config: Quantized) -> str:
         mine, theirs = self.config.model_type, student.config.model_type
         if mine != theirs:
             return f"it is a {mine}, {student.name} a {theirs}"

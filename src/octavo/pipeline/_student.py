@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
+from octavo import formats
 from octavo._core.errors import FormatError, UsageError
-from octavo.formats import native
 from octavo.formats.reader import DTYPES, CheckpointReader
 from octavo.models import skeleton
 from octavo.models.names import match_names
 from octavo.models.source import ModelSource
 from octavo.nn import VQLinear
-from octavo.pipeline._tunable import PARTS, RoundTo, TunableLinear, root_mean_square
+from octavo.pipeline._tunable import PARTS, RoundTo, TunableLinear, norms_of, root_mean_square
 
 #: Numbers of one chunk of logits: 64 MiB in float32.
 _CHUNK_NUMBERS = 1 << 24
@@ -48,7 +48,7 @@ class Student(nn.Module):
         super().__init__()
         self.name, self.device = source.name, device
         self.memory_share = 0.25
-        self.config = native.read_config(source.folder)
+        self.config = formats.check(source.folder)
         self.reader = CheckpointReader(source.folder, strict=True)
         self.model = _load(source).requires_grad_(False).to(device)
         names = match_names(self.model, self.reader)
@@ -64,7 +64,7 @@ class Student(nn.Module):
             for key, parameter in layer.named_parameters(recurse=False):
                 self.tuned[f"{name}.{key}"], self.units[f"{name}.{key}"] = parameter, layer.unit(key)
         if "norms" in train:
-            for name, module, leaf in _norms(self.model):
+            for name, module, leaf in norms_of(self.model):
                 self._round_norm(names[name], module, leaf)
         if not self.tuned:
             missing, parts = ", ".join(train), ", ".join(PARTS)
@@ -223,16 +223,6 @@ def _load(source: ModelSource) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise FormatError(f"{source.folder}: transformers cannot load this model: {error}") from error
     return model.eval()
-
-
-def _norms(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """(parameter name, module, attribute) of all weights and biases of modules that have only vectors: the norms."""
-    found = []
-    for prefix, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if own and own.keys() <= {"weight", "bias"} and all(p.dim() == 1 for p in own.values()):
-            found += [(f"{prefix}.{leaf}", module, leaf) for leaf in own if not isinstance(module, TunableLinear)]
-    return found
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:

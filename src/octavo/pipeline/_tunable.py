@@ -41,6 +41,16 @@ def part_of(tensor: str) -> str | None:
     return "biases" if tensor == "bias" else None
 
 
+def norms_of(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """(parameter name, module, attribute) of all weights and biases of modules that have only vectors: the norms."""
+    found = []
+    for prefix, part in module.named_modules():
+        own = dict(part.named_parameters(recurse=False))
+        if own and own.keys() <= {"weight", "bias"} and all(p.dim() == 1 for p in own.values()):
+            found += [(f"{prefix}.{leaf}", part, leaf) for leaf in own if not isinstance(part, TunableLinear)]
+    return found
+
+
 def straight_through(value: Tensor, stored: Tensor) -> Tensor:
     """``stored``, what the file will hold of ``value``, with the gradient of ``value``."""
     return stored + (value - value.detach())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+Kind = Literal["phase", "matrix", "block", "step", "note"]
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,10 @@ class Event:
         eta_seconds: estimate for the rest of the job.
         step, steps: steps of tuning that are done, and how many are planned (None until that is known).
         loss: divergence on the tokens of the step. kl: on the held-out ones, if they were looked at.
+        loss_before, loss_after: relative error of a tuned block's output before and after its tuning.
     """
 
-    kind: Literal["phase", "matrix", "block", "step", "note"]
+    kind: Kind
     message: str
     block: int | None = None
     blocks: int | None = None
@@ -40,9 +45,37 @@ class Event:
     steps: int | None = None
     loss: float | None = None
     kl: float | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
 
 
 Progress = Callable[[Event], None]
+
+
+class Reporter:
+    """Passes the events of a job on to its caller, if there is one to listen, and keeps the notes for the report."""
+
+    def __init__(self, progress: Progress | None = None) -> None:
+        self._progress = progress
+        self.notes: list[str] = []
+
+    def emit(self, kind: Kind, message: str, **values: Any) -> None:
+        """Report an :class:`Event`; ``values`` are its other fields."""
+        event = Event(kind, message, **values)
+        if kind == "note":
+            self.notes.append(message)
+        if self._progress is not None:
+            self._progress(event)
+
+    def note(self, message: str) -> None:
+        """A warning, shown now and kept for the report."""
+        self.emit("note", message)
+
+
+def peak_memory() -> int:
+    """The largest resident memory of this process so far, in bytes."""
+    # macOS counts bytes, all others kibibytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Clock:

@@ -5,35 +5,80 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from octavo import formats
 from octavo._core import io
 from octavo._core.errors import ResourceError, UsageError
-from octavo.formats import native
-from octavo.formats.writer import ShardWriter
+from octavo.formats import Format, ShardWriter
+from octavo.layout import Layout
 from octavo.models.source import ModelSource
+from octavo.weight import VQWeight
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint to be written says about itself.
+
+    Attributes:
+        form: its format.
+        layouts: of the quantized matrices, by module.
+        method, details: for the record.
+        dense: linear layers of the model that are not quantized.
+        ties: tensors that may be left out -> those that they are tied to.
+    """
+
+    form: Format
+    layouts: Mapping[str, Layout]
+    method: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+    dense: Sequence[str] = ()
+    ties: Mapping[str, str] = field(default_factory=dict)
+
+    def quantization_config(self) -> dict[str, Any]:
+        """As it will stand in config.json.
+
+        Raises:
+            UsageError: layouts that the format cannot hold, or details that are not JSON.
+        """
+        return self.form.quantization_config(self.layouts, self.method, self.details, self.dense)
+
+    def encoded(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors with the names of layouts to those of the format; what belongs to no quantized matrix passes."""
+        pending: dict[str, dict[str, Tensor]] = {}
+        twins = {partner: name for name, partner in self.ties.items()} if self.form.writes_ties else {}
+        for name, tensor in tensors:
+            module, _, leaf = name.rpartition(".")
+            layout = self.layouts.get(module)
+            if layout is None:
+                if name not in self.ties or not self.form.writes_ties:
+                    yield name, tensor
+                if name in twins:
+                    yield twins[name], tensor
+                continue
+            parts = pending.setdefault(module, {})
+            parts[leaf] = tensor
+            if len(parts) == len(layout.tensors()):
+                for key, value in self.form.encode(VQWeight(layout, pending.pop(module))).items():
+                    yield f"{module}.{key}", value
 
 
 def write_output(
-    out: Path,
-    work: Path,
-    source: ModelSource,
-    tensors: Iterable[tuple[str, Tensor]],
-    quantization: Mapping[str, Any],
+    out: Path, work: Path, source: ModelSource, tensors: Iterable[tuple[str, Tensor]], contents: Contents
 ) -> int:
     """Write a checkpoint inside the folder ``work``, read it back and verify it, then rename it to ``out``.
 
-    An ``out`` with this very ``quantization`` is taken as it is, once it has been verified: a killed attempt of the
-    job finished it.
+    An ``out`` with this very ``quantization_config`` is taken as it is, once it has been verified: a killed attempt of
+    the job finished it.
 
     Args:
         source: where the small files and config.json come from.
-        tensors: of the checkpoint, by name, in their order.
-        quantization: the ``quantization_config``.
+        tensors: of the checkpoint, those of quantized matrices by the names of their layouts.
 
     Returns:
         The size of the weight files in bytes.
@@ -41,31 +86,37 @@ def write_output(
     Raises:
         ResourceError: no space; the store is untouched, so ``--resume`` needs only this step again.
         FormatError: what was read back is not what was written.
-        UsageError: somebody else made ``out`` in the meantime.
+        UsageError: somebody else made ``out`` in the meantime, or the format cannot hold the matrices.
     """
+    quantization = contents.quantization_config()
     if os.path.lexists(out):
-        if not native.is_native(out) or native.read_config(out).raw != quantization:
+        if not formats.is_quantized(out) or formats.raw_config(out) != quantization:
             raise UsageError(f"{out} has come into being meanwhile; move it away and continue with --resume.")
-        native.verify(out)
-        return _weight_bytes(out)
+        formats.verify(out)
+        return weight_bytes(out)
     partial = work / "output"
     if partial.exists():
         # The rest of a killed attempt.
         shutil.rmtree(partial)
     partial.mkdir()
     try:
-        _write(partial, source, tensors, quantization)
-        native.verify(partial)
-        os.rename(partial, out)
+        with io.disk_errors(work):
+            _write(partial, source, contents.encoded(tensors), contents.form, quantization)
+            formats.verify(partial)
+            os.rename(partial, out)
     except ResourceError:
         shutil.rmtree(partial)
         raise
     io.fsync_dir(out.parent)
-    return _weight_bytes(out)
+    return weight_bytes(out)
 
 
 def _write(
-    folder: Path, source: ModelSource, tensors: Iterable[tuple[str, Tensor]], quantization: Mapping[str, Any]
+    folder: Path,
+    source: ModelSource,
+    tensors: Iterable[tuple[str, Tensor]],
+    form: Format,
+    quantization: Mapping[str, Any],
 ) -> None:
     for path in source.auxiliary_files():
         with io.disk_errors(folder):
@@ -75,14 +126,17 @@ def _write(
     for name, tensor in tensors:
         writer.add(name, tensor)
     writer.finish()
-    config = json.loads((source.folder / "config.json").read_text("utf-8"))
+    config = json.loads((source.folder / formats.CONFIG_FILE).read_text("utf-8"))
     # Older versions of transformers wrote the folder that the model came from, which is nobody's business.
     config.pop("_name_or_path", None)
-    config["quantization_config"] = quantization
-    io.write_json(folder / "config.json", config)
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"].pop("quantization_config", None)
+    config = {**form.model_config(config), "quantization_config": quantization}
+    io.write_json(folder / formats.CONFIG_FILE, config)
     # Last: what it lists is complete.
-    native.write_manifest(folder)
+    formats.write_manifest(folder)
 
 
-def _weight_bytes(folder: Path) -> int:
+def weight_bytes(folder: Path) -> int:
+    """Size of the weight files of a folder."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

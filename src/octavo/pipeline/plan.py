@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from octavo import algorithms
+from octavo import algorithms, formats
+from octavo._core.config import to_dict
 from octavo._core.errors import UsageError
 from octavo.algorithms import Algorithm
 from octavo.calibration.data import window_length
+from octavo.formats import Format
 from octavo.layout import Layout, SideDtype
 from octavo.models.adapter import CausalModel
 from octavo.models.source import resolve
@@ -99,6 +101,7 @@ def plan(
     samples: int = 32,
     ctx: int | None = None,
     side_dtype: SideDtype = "float16",
+    format: str = "octavo",
     tensor_parallel: int = 1,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -110,10 +113,12 @@ def plan(
         UsageError: options that do not fit, patterns that match nothing, shapes that ``tensor_parallel`` cannot split.
         FormatError: a checkpoint that is broken or unknown.
     """
-    algorithm = build_algorithm(method, bits, side_dtype, options, preset)
+    algorithm, form = build_algorithm(method, bits, side_dtype, options, preset), formats.get(format)
     source = resolve(model, revision=revision, trust_remote_code=trust_remote_code, work=work)
     causal = CausalModel(source, skip=skip)
-    return plan_model(causal, algorithm, samples, window_length(ctx, causal.max_positions), tensor_parallel)
+    algorithm = suited(algorithm, form, source.dtype)
+    ctx = window_length(ctx, causal.max_positions)
+    return plan_model(causal, algorithm, samples, ctx, tensor_parallel, form)
 
 
 def build_algorithm(
@@ -141,19 +146,35 @@ def build_algorithm(
     return algorithms.get(method)(bits=bits, side_dtype=side_dtype, **given)
 
 
-def plan_model(model: CausalModel, algorithm: Algorithm, samples: int, ctx: int, tensor_parallel: int = 1) -> Plan:
+def suited(algorithm: Algorithm, form: Format, dtype: torch.dtype) -> Algorithm:
+    """The algorithm with the options that a format needs wherever they were left open."""
+    return replace(algorithm, **form.options(to_dict(algorithm), dtype))
+
+
+def plan_model(
+    model: CausalModel,
+    algorithm: Algorithm,
+    samples: int,
+    ctx: int,
+    tensor_parallel: int = 1,
+    form: Format | None = None,
+) -> Plan:
     """:func:`plan` for a model that is already open."""
+    form = form or formats.get("octavo")
     if samples < 1 or ctx < 2:
         raise UsageError(f"samples wanted >= 1 and ctx >= 2, got {samples} and {ctx}")
     targets = [(name, i, target) for i in range(len(model.blocks)) for name, target in model.targets(i).items()]
-    layouts = algorithm.layouts([(target.shape, target.bias) for _, _, target in targets])
+    shapes = [(target.shape, target.bias) for _, _, target in targets]
+    layouts = algorithm.layouts(shapes, allowed=lambda layout: not form.refusals(layout))
+    form.require({name: layout for (name, _, _), layout in zip(targets, layouts, strict=True)})
     matrices = [Matrix(name, index, layout) for (name, index, _), layout in zip(targets, layouts, strict=True)]
     if not matrices:
         raise UsageError(f"{model.source.name}: every linear layer is skipped; there is nothing to quantize")
     if tensor_parallel != 1:
         _check_tensor_parallel(matrices, tensor_parallel)
     weights = sum(m.layout.weights for m in matrices)
-    bits = sum(m.layout.bits() for m in matrices)
+    sizes = [form.bits(m.layout) for m in matrices]
+    bits = sum(sizes)
     kept = model.kept()
     kept_bytes = sum(model.reader.bytes(name) for name in kept)
     flops = _flops(matrices, samples * ctx, algorithm.needs_hessian)
@@ -164,7 +185,7 @@ def plan_model(model: CausalModel, algorithm: Algorithm, samples: int, ctx: int,
         matrices=tuple(matrices),
         kept=tuple(kept),
         bits_per_weight=bits / weights,
-        quantized_bytes=sum(-(-m.layout.bits() // 8) for m in matrices),
+        quantized_bytes=sum(-(-size // 8) for size in sizes),
         kept_bytes=kept_bytes,
         source_bytes=model.reader.total_bytes,
         memory_bytes=_memory(model, matrices, samples * ctx, algorithm.needs_hessian),

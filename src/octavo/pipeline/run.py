@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import octavo
+from octavo import formats
 from octavo._core import io
 from octavo._core.config import from_dict, to_dict
 from octavo._core.errors import Interrupted, NumericalError, UsageError
@@ -22,14 +21,14 @@ from octavo._core.seeds import generator
 from octavo.algorithms import Algorithm
 from octavo.calibration import capture
 from octavo.calibration.data import Tokens, read_text, window_length, windows
-from octavo.formats import native
 from octavo.layout import Layout, SideDtype
 from octavo.math.hessian import proxy_loss
 from octavo.models.adapter import CausalModel
 from octavo.models.source import resolve
-from octavo.pipeline.events import Clock, Event, Progress
-from octavo.pipeline.output import write_output
-from octavo.pipeline.plan import Plan, build_algorithm, plan_model
+from octavo.pipeline.block_tune import BlockTuneOptions, BlockTuner, BlockTuneReport
+from octavo.pipeline.events import Clock, Progress, Reporter, peak_memory
+from octavo.pipeline.output import Contents, write_output
+from octavo.pipeline.plan import Plan, build_algorithm, plan_model, suited
 from octavo.pipeline.store import Store, already_there, no_litter, prepare_work
 from octavo.pipeline.tune import TuneOptions, TuneReport, choose_windows, token_identity, tune_into
 from octavo.weight import VQWeight
@@ -60,6 +59,7 @@ class Report:
         seconds: wall clock of this run; phases: where it went.
         peak_bytes: largest resident memory of the process.
         notes: warnings that were raised on the way.
+        block_tuned: what tuning did to each block, if blocks were tuned.
         tuned: what :class:`octavo.pipeline.tune.TuneReport` says, if the model was tuned.
     """
 
@@ -75,6 +75,7 @@ class Report:
     token_hash: str | None
     matrices: tuple[MatrixReport, ...]
     notes: tuple[str, ...]
+    block_tuned: tuple[BlockTuneReport, ...] | None = None
     tuned: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,6 +101,8 @@ def quantize(
     skip: Sequence[str] = (),
     on_bad_hessian: Literal["error", "rtn"] = "error",
     side_dtype: SideDtype = "float16",
+    format: str = "octavo",
+    tune_blocks: Mapping[str, Any] | None = None,
     tune: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -123,6 +126,10 @@ def quantize(
         keep_work: keep the work folder.
         skip: glob patterns of linear layers to leave as they are.
         on_bad_hessian: what to do with a matrix whose statistics are unusable: stop, or quantize it without them.
+        format: of the output: ``octavo``, or ``vptq`` for other people's loaders; layouts are chosen within what those
+            can read, and whatever they cannot is refused.
+        tune_blocks: options of the tuning of every block right after its matrices are quantized, see
+            :class:`octavo.pipeline.block_tune.BlockTuneOptions`; ``{}`` takes its defaults, None leaves it out.
         tune: options of a last stage that tunes the quantized model end to end, see
             :class:`octavo.pipeline.tune.TuneOptions`; ``{}`` takes its defaults on the text of ``calib``, None has no
             such stage.
@@ -132,12 +139,13 @@ def quantize(
     Raises:
         OctavoError: one of its kinds; see :mod:`octavo._core.errors`.
     """
-    job = _Job(Path(out), progress or (lambda event: None), stop or (lambda: False), on_bad_hessian, seed)
-    algorithm = build_algorithm(method, bits, side_dtype, options, preset)
+    job = _Job(Path(out), progress, stop or (lambda: False), on_bad_hessian, seed)
+    algorithm, form = build_algorithm(method, bits, side_dtype, options, preset), formats.get(format)
     tuning = None
     if tune is not None:
         tuning = from_dict(TuneOptions, {"calib": str(calib), "ctx": ctx, "seed": seed, **tune}, "tune")
         tuning.place()
+    block_options = None if tune_blocks is None else from_dict(BlockTuneOptions, tune_blocks, "tune_blocks")
     if on_bad_hessian not in ("error", "rtn"):
         raise UsageError(f"on_bad_hessian wanted 'error' or 'rtn', got {on_bad_hessian!r}")
     work = prepare_work(job.out, resume, force_new, job.note)
@@ -149,12 +157,16 @@ def quantize(
             if tuning is not None:
                 choose_windows(causal, tuning)
             ctx = window_length(ctx, causal.max_positions)
-            the_plan = plan_model(causal, algorithm, samples, ctx)
+            algorithm = suited(algorithm, form, source.dtype)
+            the_plan = plan_model(causal, algorithm, samples, ctx, form=form)
             for warning in the_plan.warnings:
                 job.note(warning)
             if os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"):
                 job.note("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set: on a GPU it makes products inexact; unset it")
-            tokens = _calibration(causal, str(calib), samples, ctx, seed) if algorithm.needs_hessian else None
+            needs_text = algorithm.needs_hessian or block_options is not None
+            tokens = _calibration(causal, str(calib), samples, ctx, seed) if needs_text else None
+            if block_options is not None and tokens is not None:
+                block_options.check([m.layout for m in the_plan.matrices], tokens.ids)
             identity = {
                 "octavo": octavo.__version__,
                 "method": algorithm.name,
@@ -163,6 +175,8 @@ def quantize(
                 "calibration": token_identity(tokens) if tokens else None,
                 "seed": seed,
                 "skip": list(skip),
+                "format": form.name,
+                "tune_blocks": block_options.to_dict() if block_options else None,
                 # Not on_bad_hessian: what is committed did not need it, and its error advises to resume with the other.
             }
             store = Store(work, identity)
@@ -173,10 +187,14 @@ def quantize(
                 if os.path.lexists(job.out) and len(store.state.blocks) < len(causal.blocks):
                     raise UsageError(already_there(job.out))
             else:
-                io.require_space(job.out.parent, the_plan.file_bytes + the_plan.work_bytes, "the job (output and work)")
+                size = the_plan.file_bytes + the_plan.work_bytes
+                if block_options is not None and tokens is not None:
+                    numbers = tokens.ids.numel() * causal.config.get_text_config().hidden_size
+                    size += block_options.disk_bytes(numbers, counted=algorithm.needs_hessian)
+                io.require_space(job.out.parent, size, "the job (output and work)")
                 _preflight(causal, the_plan)
                 store.create()
-        job.run_blocks(causal, algorithm, the_plan, store, tokens)
+        job.run_blocks(causal, algorithm, the_plan, store, tokens, block_options)
         finished = job.out if tuning is None else work / "quantized"
         job.emit("phase", f"writing and verifying {finished}")
         with job.clock.phase("write"):
@@ -186,19 +204,20 @@ def quantize(
                 "seed": seed,
                 "calibration": {"tokens": int(tokens.ids.numel()), "sha256": tokens.sha256} if tokens else None,
                 "source": source.name,
+                **(block_options.details(store.state.blocks) if block_options else {}),
             }
             layouts = {m.module: m.layout for m in the_plan.matrices}
-            quantization = native.quantization_config(layouts, algorithm.name, details)
-            file_bytes = write_output(finished, work, source, _tensors(causal, store), quantization)
+            # Tuning reads Octavo's own format.
+            written = form if tuning is None else formats.get("octavo")
+            contents = Contents(written, layouts, algorithm.name, details, causal.dense_layers(), causal.ties())
+            file_bytes = write_output(finished, work, source, _tensors(causal, store), contents)
         tuned = None
         if tuning is not None:
             with job.clock.phase("tune"):
                 # Its state goes when the work folder goes.
                 folder = work / "tuning"
                 folder.mkdir(exist_ok=True)
-                tuned = tune_into(
-                    job.out, finished, source, tuning, folder, job.emit, job.stop, job.notes, keep_work=True
-                )
+                tuned = tune_into(job.out, finished, source, tuning, folder, job, job.stop, form=form, keep_work=True)
         if not keep_work:
             store.remove()
     return job.report(source.name, algorithm, the_plan, store, tokens, file_bytes, tuned)
@@ -210,11 +229,17 @@ def _calibration(causal: CausalModel, calib: str, samples: int, ctx: int, seed: 
 
 
 def _tensors(causal: CausalModel, store: Store) -> Iterator[tuple[str, Tensor]]:
-    """Everything that the output holds: first what is left as it is."""
-    for name in causal.kept():
-        yield causal.model_name(name), causal.reader.read(name)
+    """Everything that the output holds: first what no matrix has, unchanged but for the norms of tuned blocks."""
+    norms: dict[str, Tensor] = {}
     for entry in store.state.blocks:
-        yield from store.get_tensors(entry["object"]).items()
+        if names := entry.get("norms"):
+            stored = store.get_tensors(entry["object"])
+            norms |= {name: stored[name].clone() for name in names}
+    for name in causal.kept():
+        written = causal.model_name(name)
+        yield written, norms[written] if written in norms else causal.reader.read(name)
+    for entry in store.state.blocks:
+        yield from ((name, tensor) for name, tensor in store.get_tensors(entry["object"]).items() if name not in norms)
 
 
 def _preflight(causal: CausalModel, the_plan: Plan) -> None:
@@ -228,45 +253,49 @@ def _preflight(causal: CausalModel, the_plan: Plan) -> None:
             )
 
 
-class _Job:
+class _Job(Reporter):
     """State of one call of :func:`quantize` that is not in the store."""
 
-    def __init__(self, out: Path, progress: Progress, stop: Callable[[], bool], on_bad_hessian: str, seed: int) -> None:
-        self.out, self.progress, self.stop = out, progress, stop
+    def __init__(
+        self, out: Path, progress: Progress | None, stop: Callable[[], bool], on_bad_hessian: str, seed: int
+    ) -> None:
+        super().__init__(progress)
+        self.out, self.stop = out, stop
         self.on_bad_hessian, self.seed = on_bad_hessian, seed
         self.clock = Clock()
-        self.notes: list[str] = []
-
-    def emit(self, kind: Any, message: str, **values: Any) -> None:
-        if kind == "note":
-            self.notes.append(message)
-        self.progress(Event(kind, message, **values))
-
-    def note(self, message: str) -> None:
-        """A warning, shown now and kept in the report."""
-        self.emit("note", message)
 
     # ---------------------------------------------------------------- blocks
 
     def run_blocks(
-        self, causal: CausalModel, algorithm: Algorithm, the_plan: Plan, store: Store, tokens: Tokens | None
+        self,
+        causal: CausalModel,
+        algorithm: Algorithm,
+        the_plan: Plan,
+        store: Store,
+        tokens: Tokens | None,
+        block_options: BlockTuneOptions | None = None,
     ) -> None:
         """Quantize all blocks that the store does not have yet."""
         blocks = len(causal.blocks)
         done = len(store.state.blocks)
         if done == blocks:
             return
-        hidden, inputs = [], None
+        hidden, inputs, tuner = [], None, None
         if tokens is not None:
             self.emit("phase", f"calibrating on {tokens.ids.numel()} tokens")
             with self.clock.phase("capture"):
                 batches = [(ids, None) for ids in tokens.ids.split(max(_BATCH_TOKENS // tokens.ids.shape[1], 1))]
                 inputs = causal.capture_inputs(batches)
                 hidden = inputs.hidden
+                if block_options is not None:
+                    tuner = BlockTuner(causal, tokens.ids, block_options, self.seed)
+                    tuner.begin(hidden)
             if store.state.hidden:
                 stored = store.get_tensors(store.state.hidden)
                 # Copies of their own: matrix products of mapped, unaligned memory may round differently.
                 hidden = [stored[f"batch_{i}"].clone() for i in range(len(hidden))]
+                if tuner is not None:
+                    tuner.restore(stored, len(hidden))
         began, first = time.perf_counter(), done
         for index in range(done, blocks):
             start, noted = time.perf_counter(), len(self.notes)
@@ -275,7 +304,12 @@ class _Job:
                 block = causal.load_block(index)
             kwargs = [k[index] for k in inputs.kwargs] if inputs else []
             mask = inputs.mask if inputs else []
-            weights, rows = self._quantize_block(causal, algorithm, index, block, layouts, hidden, kwargs, mask)
+            if tuner is not None:
+                with self.clock.phase("forward"):
+                    tuner.aim(block, hidden, kwargs, causal.blocks[index])
+            weights, rows, norms, tuned = self._quantize_block(
+                causal, algorithm, index, block, layouts, hidden, kwargs, mask, tuner
+            )
             if tokens is not None and index + 1 < blocks:
                 with self.clock.phase("forward"):
                     hidden = capture.forward(block, hidden, kwargs, causal.blocks[index])
@@ -283,13 +317,19 @@ class _Job:
             with self.clock.phase("commit"):
                 tensors = {f"{name}.{key}": t for name, w in weights.items() for key, t in w.tensors.items()}
                 rows = [asdict(row) for row in rows]
-                entry = {"object": store.put_tensors(tensors), "matrices": rows, "notes": self.notes[noted:]}
+                entry = {"object": store.put_tensors(tensors | norms), "matrices": rows, "notes": self.notes[noted:]}
+                if tuned is not None:
+                    entry |= {"tuned": asdict(tuned), "norms": list(norms)}
                 last = tokens is None or index + 1 == blocks
-                states = None if last else store.put_tensors({f"batch_{i}": h for i, h in enumerate(hidden)})
+                streams = {f"batch_{i}": h for i, h in enumerate(hidden)} | (tuner.states() if tuner else {})
+                states = None if last else store.put_tensors(streams)
                 store.commit_block(entry, states)
             seconds = time.perf_counter() - start
             eta = (time.perf_counter() - began) / (index + 1 - first) * (blocks - index - 1)
-            self.emit("block", causal.blocks[index], block=index, blocks=blocks, seconds=seconds, eta_seconds=eta)
+            losses = {"loss_before": tuned.loss_before, "loss_after": tuned.loss_after} if tuned else {}
+            self.emit(
+                "block", causal.blocks[index], block=index, blocks=blocks, seconds=seconds, eta_seconds=eta, **losses
+            )
             if index + 1 < blocks and self.stop():
                 raise Interrupted(
                     f"stopped after block {index + 1} of {blocks}, which is committed. Repeat the command with "
@@ -306,11 +346,16 @@ class _Job:
         hidden: list[Tensor],
         kwargs: list[Any],
         mask: list[Tensor | None],
-    ) -> tuple[dict[str, VQWeight], list[MatrixReport]]:
-        """Quantize the matrices of a block and put their decoded values into it."""
+        tuner: BlockTuner | None,
+    ) -> tuple[dict[str, VQWeight], list[MatrixReport], dict[str, Tensor], BlockTuneReport | None]:
+        """Quantize the matrices of a block, tune it if asked to, and put the decoded values into it.
+
+        Returns:
+            The matrices, their reports, the norms that changed by their name in the output, and what tuning did.
+        """
         prefix = causal.blocks[index] + "."
         captured = None
-        if hidden:
+        if hidden and algorithm.needs_hessian:
             with self.clock.phase("statistics"):
                 names = [name.removeprefix(prefix) for name in layouts]
                 captured = capture.collect(
@@ -362,7 +407,27 @@ class _Job:
             self.emit(
                 "matrix", name, block=index, module=name, bits=weight.bits_per_weight, error=error, seconds=seconds
             )
-        return weights, rows
+        if tuner is None:
+            return weights, rows, {}, None
+        with self.clock.phase("tune blocks"):
+            tuned = tuner.tune(index, block, weights, hidden)
+        if tuned is None:
+            return weights, rows, {}, None
+        report = tuned.report
+        self.emit(
+            "phase",
+            f"  tuned in {report.steps} steps: error of the block's output on held-out text {report.loss_before:.5f} "
+            f"before, {report.loss_after:.5f} after",
+        )
+        with self.clock.phase("decode"):
+            for position, (name, weight) in enumerate(tuned.weights.items()):
+                decoded = weight.dequantize()
+                causal.set_weight(block, name, decoded, weight.bias)
+                if rows[position].error is not None and captured is not None:
+                    hessian = captured.hessians[name.removeprefix(prefix)].matrix()
+                    error = proxy_loss(causal.weight(name), decoded, hessian)
+                    rows[position] = replace(rows[position], error=error)
+        return tuned.weights, rows, tuned.norms, report
 
     def _usable(self, accumulator: Any, name: str) -> Tensor | None:
         """The Hessian, or None where ``on_bad_hessian`` allows to go on without."""
@@ -395,7 +460,7 @@ class _Job:
         """Everything that is known at the end, including blocks of earlier, interrupted runs."""
         stored = [row for entry in store.state.blocks for row in entry["matrices"]]
         rows = [MatrixReport(**row | {"shape": tuple(row["shape"])}) for row in stored]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        block_tuned = [BlockTuneReport(**entry["tuned"]) for entry in store.state.blocks if entry.get("tuned")]
         phases = dict(self.clock.seconds)
         return Report(
             model=model,
@@ -405,10 +470,11 @@ class _Job:
             file_bytes=tuned.file_bytes if tuned else file_bytes,
             seconds=phases.pop("total"),
             phases=phases,
-            peak_bytes=peak,
+            peak_bytes=peak_memory(),
             tokens=int(tokens.ids.numel()) if tokens else 0,
             token_hash=tokens.sha256 if tokens else None,
             matrices=tuple(rows),
             notes=tuple(self.notes),
+            block_tuned=tuple(block_tuned) or None,
             tuned=tuned.to_dict() if tuned else None,
         )

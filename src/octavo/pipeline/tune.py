@@ -7,27 +7,27 @@ the norms of the model are trained on KL(original || quantized). Size and format
 from __future__ import annotations
 
 import os
-import resource
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import octavo
+from octavo import formats
 from octavo._core import io
 from octavo._core.config import from_dict
 from octavo._core.errors import UsageError
 from octavo.calibration.data import Tokens, read_text, window_length, windows
-from octavo.formats import native
+from octavo.formats import Format
 from octavo.models.adapter import CausalModel
 from octavo.models.source import ModelSource, resolve
 from octavo.pipeline._original import Original
 from octavo.pipeline._student import Student
 from octavo.pipeline._tuning import TuneOptions, Tuning
-from octavo.pipeline.events import Event, Progress
-from octavo.pipeline.output import write_output
+from octavo.pipeline.convert import rewrite
+from octavo.pipeline.events import Progress, Reporter, peak_memory
+from octavo.pipeline.output import Contents, write_output
 from octavo.pipeline.store import Store, already_there, no_litter, prepare_work
 
 #: Most windows that are used unless more are asked for.
@@ -78,6 +78,7 @@ def tune(
     out: str | Path,
     *,
     reference: str | Path,
+    format: str | None = None,
     resume: bool = False,
     force_new: bool = False,
     keep_work: bool = False,
@@ -93,8 +94,9 @@ def tune(
     job continues with ``resume=True`` and gives the same bytes as an uninterrupted one.
 
     Args:
-        quantized: a folder that Octavo wrote.
+        quantized: a folder with a quantized model.
         reference: the original model: local folder, hub id, or .gguf file.
+        format: of the result; None is the one that it has.
         force_new: set an unfinished job aside and start again. keep_work: keep the work folder.
         progress: called with an :class:`Event` for every step. stop: asked after every step; True raises Interrupted
             with everything committed.
@@ -104,26 +106,27 @@ def tune(
         OctavoError: one of its kinds; see :mod:`octavo._core.errors`.
     """
     settings = from_dict(TuneOptions, options, "tune")
-    notes: list[str] = []
-
-    def emit(kind: Any, message: str, **values: Any) -> None:
-        if kind == "note":
-            notes.append(message)
-        if progress is not None:
-            progress(Event(kind, message, **values))
-
+    reporter = Reporter(progress)
     out, folder = Path(out), Path(quantized).expanduser()
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder; tuning wants one that `octavo quantize` wrote.")
-    if not native.is_native(folder):
-        raise UsageError(f"{folder} holds no model that Octavo quantized, so there is nothing to tune in it.")
+    if not formats.is_quantized(folder):
+        raise UsageError(f"{folder} holds no quantized model that Octavo reads, so there is nothing to tune in it.")
     if out.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"{out} lies inside of {folder}; choose an output elsewhere.")
-    work = prepare_work(out, resume, force_new, lambda message: emit("note", message))
+    work = prepare_work(out, resume, force_new, reporter.note)
     with io.disk_errors(work), io.FolderLock(work), no_litter(work):
         source = resolve(reference, trust_remote_code=trust_remote_code, work=work / "source")
         stop = stop or (lambda: False)
-        return tune_into(out, folder, source, settings, work, emit, stop, notes, keep_work=keep_work)
+        read = formats.format_of(formats.raw_config(folder), str(folder))
+        form = formats.get(format) if format else read
+        if read.name != "octavo":
+            reporter.emit("phase", f"reading {folder.name} ({read.name})")
+            own = work / "read"
+            if not own.exists():
+                rewrite(resolve(folder, trust_remote_code=trust_remote_code), own, work, formats.get("octavo"))
+            folder = own
+        return tune_into(out, folder, source, settings, work, reporter, stop, form=form, keep_work=keep_work)
 
 
 def tune_into(
@@ -132,22 +135,24 @@ def tune_into(
     reference: ModelSource,
     options: TuneOptions,
     work: Path,
-    emit: Callable[..., None],
+    reporter: Reporter,
     stop: Callable[[], bool],
-    notes: Sequence[str],
     *,
+    form: Format,
     keep_work: bool,
 ) -> TuneReport:
     """:func:`tune` with its state in the folder ``work``, which the caller holds the lock of; resumes what is there.
 
-    ``emit`` is called with kind, message and values of every :class:`Event`; those of kind ``note`` are ``notes``.
+    ``quantized`` is of Octavo's format, ``out`` will be of ``form``. The notes of ``reporter``, earlier ones included,
+    stand in the report.
     """
     began = time.perf_counter()
-    emit("phase", f"reading {quantized.name} and {reference.name}")
-    native.verify(quantized)
+    reporter.emit("phase", f"reading {quantized.name} and {reference.name}")
+    formats.verify(quantized)
     source = resolve(quantized, trust_remote_code=reference.trust_remote_code)
     original = Original(reference)
-    config = native.read_config(quantized)
+    config = formats.check(quantized)
+    form.require(config.layouts)
     original.check(source, config)
     tokens = choose_windows(original, options)
     student = Student(source, options.train, options.place())
@@ -157,8 +162,8 @@ def tune_into(
     if begun:
         store.resume()
         for text in store.notes:
-            emit("note", text)
-    tuning = Tuning(options, student, store, tokens, emit, stop, began)
+            reporter.note(text)
+    tuning = Tuning(options, student, store, tokens, reporter.emit, stop, began)
     state, clock = tuning.state, tuning.clock
     if os.path.lexists(out) and not state.finished(options.patience):
         raise UsageError(already_there(out))
@@ -178,7 +183,7 @@ def tune_into(
         "kl_before": state.history[0][1],
         "kl_after": kl_after,
     }
-    emit("phase", f"writing and verifying {out}")
+    reporter.emit("phase", f"writing and verifying {out}")
     with clock.phase("write"):
         tuned = {
             **outcome,
@@ -190,14 +195,16 @@ def tune_into(
         }
         if "tuned" in config.details:
             tuned["before"] = config.details["tuned"]
-        quantization = native.quantization_config(config.layouts, config.method, config.details | {"tuned": tuned})
+        dense = [name for name in original.dense_layers() if name not in config.layouts]
+        contents = Contents(
+            form, config.layouts, config.method, config.details | {"tuned": tuned}, dense, original.ties()
+        )
         if best_step > 0:
             student.set_values(store.get_tensors(state.objects["best"]))
-        file_bytes = write_output(out, work, source, student.stored(at_start=best_step == 0), quantization)
+        file_bytes = write_output(out, work, source, student.stored(at_start=best_step == 0), contents)
     if not keep_work:
         store.remove()
     layouts = config.layouts.values()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return TuneReport(
         model=source.name,
         reference=reference.name,
@@ -211,8 +218,8 @@ def tune_into(
         file_bytes=file_bytes,
         seconds=time.perf_counter() - began,
         phases=dict(clock.seconds),
-        peak_bytes=peak,
-        notes=tuple(notes),
+        peak_bytes=peak_memory(),
+        notes=tuple(reporter.notes),
     )
 
 
@@ -251,7 +258,7 @@ def _identity(quantized: Path, original: Original, tokens: Tokens, options: Tune
         del settings[name]
     return {
         "octavo": octavo.__version__,
-        "quantized": io.sha256_file(quantized / native.MANIFEST_FILE),
+        "quantized": io.sha256_file(quantized / formats.MANIFEST_FILE),
         "reference": original.fingerprint(),
         "calibration": token_identity(tokens),
         "tune": settings,

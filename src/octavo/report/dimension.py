@@ -22,16 +22,13 @@ import torch
 from torch import Tensor
 
 from octavo import algorithms
-from octavo._core.errors import Interrupted, NumericalError, OctavoError, ResourceError, UsageError
+from octavo._core.errors import NumericalError, UsageError
 from octavo._core.seeds import generator
-from octavo.integrations import api
 from octavo.math.assign import nearest
 from octavo.math.kmeans import KMeansResult, kmeans
 from octavo.models.adapter import CausalModel
-from octavo.pipeline import run as pipeline
 from octavo.pipeline.events import Progress
-
-Row = dict[str, Any]
+from octavo.report.measure import Made, Row, Texts, measure, quantize
 
 PARTS = ("gaussian", "layers", "model")
 #: SQNR that one bit is worth.
@@ -41,16 +38,10 @@ DB_PER_BIT = 20 * math.log10(2)
 _PER_CENTROID, _VECTORS = 48, 1 << 20
 #: Lloyd steps, and distances computed in them, which keep the largest codebooks to a few minutes on two cores.
 _STEPS, _LEAST_STEPS, _DISTANCES = 100, 8, 2e11
-#: What a row of the model part takes over from :func:`octavo.evaluate`.
-_MEASURED = (
-    *("bits_per_weight", "kl", "kl_se", "kl_median", "perplexity", "perplexity_se", "top1", "top1_se", "nll_gap"),
-    *("nll_gap_se", "file_bytes", "warning", "reference_perplexity", "reference_perplexity_se", "text", "tokens"),
-    *("windows", "ctx", "token_hash", "bos", "metric", "dtype", "device"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Texts):
     """What to measure, and how.
 
     Attributes:
@@ -59,8 +50,7 @@ class Options:
         blocks: indices of the blocks whose matrices are measured, or how many, spread evenly.
         method: any that has a ``vector_length``.
         max_centroids: k-means rows of larger codebooks are not measured; their ``reason`` says so.
-        text, max_tokens: of the evaluation. calib, samples: of the calibration. ctx: of both.
-        keep: keep the quantized models.
+        others: as for :class:`~octavo.report.measure.Texts`.
 
     Raises:
         UsageError: values that no row could be made with.
@@ -73,14 +63,6 @@ class Options:
     blocks: int | tuple[int, ...] = 3
     method: str = "gptvq"
     max_centroids: int = 1 << 16
-    text: str | None = None
-    calib: str = "bundled"
-    samples: int = 32
-    ctx: int | None = None
-    max_tokens: int | None = None
-    seed: int = 0
-    keep: bool = False
-    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if not self.parts or not set(self.parts) <= set(PARTS):
@@ -204,9 +186,9 @@ def layers(d: int, rate: float, options: Options, causal: CausalModel) -> Row:
     for name, shape in shapes.items():
         weight = causal.weight(name)
         row: Row = {"module": name, "shape": list(shape), "weights": weight.numel()}
-        for kind, measure in (("plain", plain), ("equal", equal)):
+        for kind, quantizer in (("plain", plain), ("equal", equal)):
             try:
-                row |= measure(weight, name) | {f"{kind}_reason": None}
+                row |= quantizer(weight, name) | {f"{kind}_reason": None}
             except (UsageError, NumericalError) as error:
                 row |= {f"{kind}_bits": None, f"{kind}_error": None, f"{kind}_reason": str(error)}
         matrices.append(row)
@@ -221,22 +203,22 @@ def layers(d: int, rate: float, options: Options, causal: CausalModel) -> Row:
     return found | {"reason": _reasons(matrices), "matrices": matrices}
 
 
-def choose_blocks(wanted: int | Sequence[int], count: int) -> list[int]:
+def choose_blocks(wanted: int | Sequence[int], count: int, option: str = "layers") -> list[int]:
     """Indices of blocks: the given ones, or ``wanted`` of ``count``: the first, the last, and evenly between.
 
-    A model with fewer blocks gives all it has.
+    A model with fewer blocks gives all it has. Errors name the ``option``.
 
     Raises:
         UsageError: no block, or one that is not there.
     """
     if isinstance(wanted, int):
         if wanted < 1:
-            raise UsageError(f"layers wanted at least 1 block, got {wanted}")
+            raise UsageError(f"{option} wanted at least 1 block, got {wanted}")
         wanted = min(wanted, count)
         spread = max(wanted - 1, 1)
         return [(2 * i * (count - 1) + spread) // (2 * spread) for i in range(wanted)]
     if not wanted or not all(0 <= i < count for i in wanted):
-        raise UsageError(f"layers wanted block indices 0..{count - 1} of this model, got {list(wanted)}")
+        raise UsageError(f"{option} wanted block indices 0..{count - 1} of this model, got {list(wanted)}")
     return sorted(set(wanted))
 
 
@@ -289,43 +271,22 @@ def model(
         Interrupted: ``stop`` said so; a model that was begun continues at the next call.
         ResourceError: disk or memory is short.
     """
-    row: Row = {"target_bits": rate + options.overhead, "quantize_seconds": None, "peak_bytes": None, "reason": None}
-    notes, trust = [], options.trust_remote_code
-    begun = (out.with_name(out.name + ".work") / "CURRENT").exists()
-    try:
-        if begun or not out.exists():
-            out.parent.mkdir(parents=True, exist_ok=True)
-            report = pipeline.quantize(
-                source,
-                out,
-                method=options.method,
-                bits=row["target_bits"],
-                calib=options.calib,
-                samples=options.samples,
-                ctx=options.ctx,
-                seed=options.seed,
-                resume=begun,
-                options={"vector_length": d},
-                trust_remote_code=trust,
-                progress=progress,
-                stop=stop,
-            )
-            row |= {"quantize_seconds": report.seconds, "peak_bytes": report.peak_bytes}
-            notes = ["quantized in several runs; the seconds are the last one's"] if begun else []
-            notes += report.notes
-        else:
-            notes.append("quantized by an earlier run")
-        result = api.evaluate(
-            out, options.text, options.ctx, source, max_tokens=options.max_tokens, trust_remote_code=trust
+    bits = rate + options.overhead
+
+    def make() -> Made:
+        report, notes = quantize(
+            source,
+            out,
+            options,
+            method=options.method,
+            bits=bits,
+            options={"vector_length": d},
+            progress=progress,
+            stop=stop,
         )
-        row |= {key: result[key] for key in _MEASURED}
-        if row["bits_per_weight"] > row["target_bits"]:
-            notes.append(f"{row['bits_per_weight']:.3f} bits are more than {row['target_bits']:g}")
-    except (Interrupted, ResourceError):
-        raise
-    except OctavoError as error:
-        row |= dict.fromkeys(_MEASURED) | {"reason": str(error)}
-    return row | {"notes": notes}
+        return {"quantize_seconds": report.seconds, "peak_bytes": report.peak_bytes} if report else {}, notes
+
+    return measure(make, out, source, options, bits)
 
 
 # ------------------------------------------------------------------------------------------------ shared

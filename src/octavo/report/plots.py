@@ -1,10 +1,13 @@
-"""The dimension study as a picture; matplotlib (extra ``report``) is imported when one is drawn."""
+"""Studies as pictures; matplotlib (extra ``report``) is imported when one is drawn."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+from octavo.report import ablation_tables
 
 
 def dimension(document: Mapping[str, Any]) -> bytes:
@@ -15,21 +18,63 @@ def dimension(document: Mapping[str, Any]) -> bytes:
     Raises:
         ImportError: matplotlib is missing.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    # Text stays text; ids and metadata do not depend on time or chance.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "octavo"}):
-        figure = Figure(figsize=(13, 4.2), layout="constrained")
+    with _picture((13, 4.2)) as (figure, data):
         first, second, third = figure.subplots(1, 3)
         rows = document["rows"]
         _gaps(first, rows["gaussian"], {"gap_db": "-"}, "Gaussian vectors\nk-means")
         title = "Matrices\nsolid: k-means without its codebook, dashed: true bits"
         _gaps(second, rows["layers"], {"plain_gap_db": "-", "equal_gap_db": "--"}, title)
         _divergence(third, rows["model"])
-        data = io.BytesIO()
-        figure.savefig(data, format="svg", metadata={"Date": None})
     return data.getvalue()
+
+
+def ablation(document: Mapping[str, Any]) -> bytes:
+    """SVG with a bar per row of VPTQ's ablations, its height the KL divergence; a panel per part, the base row first.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    rows = {row["name"]: row for row in document["rows"]}
+    parts = {
+        part: [(row["what"], rows.get(row["name"], {"kl": None})) for row in own]
+        for part, own in ablation_tables.in_order(document)
+    }
+    counts = [len(own) for own in parts.values()] or [1]
+    with _picture((1.5 + 0.75 * sum(counts) + 0.6 * len(counts), 5.0)) as (figure, data):
+        panels = figure.subplots(1, len(counts), sharey=True, squeeze=False, width_ratios=counts)[0]
+        for axes, (part, own) in zip(panels, parts.items(), strict=False):
+            _bars(axes, part, own)
+        panels[0].set_ylabel("KL per token [nats]")
+    return data.getvalue()
+
+
+def _bars(axes: Any, part: str, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """A bar per (title, row), the base row's in another colour and continued as a line."""
+    for place, (_, row) in enumerate(rows):
+        if row["kl"] is None:
+            axes.text(place, 0, "not measured", rotation=90, ha="center", va="bottom")
+        else:
+            color = "C7" if row["name"] == "base" else "C0"
+            axes.bar(place, row["kl"], yerr=row["kl_se"] or 0.0, capsize=3, color=color)
+        if row["kl"] is not None and row["name"] == "base":
+            axes.axhline(row["kl"], color="C7", linestyle=":", linewidth=1)
+    axes.set_xticks(range(len(rows)), [title for title, _ in rows], rotation=40, ha="right", rotation_mode="anchor")
+    axes.set(title=part, xlim=(-0.6, len(rows) - 0.4))
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+@contextmanager
+def _picture(size: tuple[float, float]) -> Iterator[tuple[Any, io.BytesIO]]:
+    """A figure to be filled, and its SVG afterwards: text stays text; nothing depends on time or chance."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    data = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "octavo"}):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure, data
+        figure.savefig(data, format="svg", metadata={"Date": None})
 
 
 def _gaps(axes: Any, rows: Sequence[Mapping[str, Any]], styles: Mapping[str, str], title: str) -> None:

@@ -1,27 +1,40 @@
-"""The dimension study as a job: checked before it starts, saved after every row, continued where it stopped."""
+"""The dimension study as a job; see :mod:`octavo.report.job`."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import octavo
-from octavo._core import io
-from octavo._core.errors import FormatError, Interrupted, UsageError
-from octavo.calibration.data import EVALUATION, read_text, window_length, windows
+from octavo._core.errors import UsageError
 from octavo.models.adapter import CausalModel
 from octavo.models.source import resolve
 from octavo.pipeline.events import Progress
-from octavo.report import dimension, plots, tables
+from octavo.report import dimension, job, plots, tables
 from octavo.report.dimension import DB_PER_BIT, PARTS, Options, Row
 
+
+def _valid(document: Mapping[str, Any]) -> bool:
+    rows = document.get("rows")
+    return isinstance(rows, dict) and all(isinstance(rows.get(part), list) for part in PARTS)
+
+
+def _plot(document: Mapping[str, Any]) -> bytes:
+    return plots.dimension(document)
+
+
+STUDY = job.Study(
+    name="dimension",
+    stem="dimension",
+    valid=_valid,
+    markdown=tables.markdown,
+    plot=_plot,
+)
 JSON, MARKDOWN, SVG = "dimension.json", "dimension.md", "dimension.svg"
-_OWN = {JSON, MARKDOWN, SVG, "models", "LOCK"}
+redraw, write = STUDY.redraw, STUDY.write
 
 
 def run(
@@ -53,106 +66,48 @@ def run(
         Interrupted: ``stop`` said so; all finished rows are saved.
     """
     options, out, began = options or Options(), Path(out), perf_counter()
-    stored = _stored(out, resume)
+    stored = STUDY.stored(out, resume)
     settings, causal = _prepare(source, options)
-    _check_same(out, stored.get("settings", {}), settings)
+    STUDY.check_same(out, stored.get("settings", {}), settings)
     rows: dict[str, list[Row]] = stored.get("rows") or {part: [] for part in PARTS}
     # Rows that were not measured cost nothing to make again, maybe under a larger limit.
     rows["gaussian"] = [row for row in rows["gaussian"] if row["reason"] is None]
-    document: dict[str, Any] = {
-        "study": "dimension",
-        "octavo": octavo.__version__,
-        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
-        **{"command": [], "machine": {}, **(facts or {})},
-        "model": causal.source.name if causal else stored.get("model"),
-        "settings": stored.get("settings", {}) | settings,
-        "rows": rows,
-    }
+    document = STUDY.document(stored, settings, rows, causal.source.name if causal else None, facts)
 
-    def save(complete: bool = False) -> None:
-        document["complete"] = complete
-        document["seconds"] = stored.get("seconds", 0.0) + perf_counter() - began
-        io.write_json(out / JSON, document)
+    def task(part: str, rate: float, d: int) -> job.Task:
+        folder = out / "models" / f"{options.method}-d{d}-{rate:g}bit"
 
-    def measure(part: str, d: int, rate: float, folder: Path) -> Row:
-        if part == "gaussian":
-            return dimension.gaussian(d, rate, options)
-        # Both are there: _prepare has seen to it.
-        assert causal is not None and source is not None
-        if part == "layers":
-            return dimension.layers(d, rate, options, causal)
-        return dimension.model(d, rate, options, source, folder, progress, stop)
+        def measure() -> Row:
+            limit = {"limit_db": rate * DB_PER_BIT}
+            if part == "gaussian":
+                return limit | dimension.gaussian(d, rate, options)
+            # Both are there: _prepare has seen to it.
+            assert causal is not None and source is not None
+            if part == "layers":
+                return limit | dimension.layers(d, rate, options, causal)
+            return limit | dimension.model(d, rate, options, source, folder, progress, stop)
 
-    out.mkdir(parents=True, exist_ok=True)
-    with io.disk_errors(out), io.FolderLock(out):
-        save()
+        return job.Task(
+            key={"bits": rate, "dimension": d},
+            rows=rows[part],
+            label=f"R = {rate:g}, d = {d}",
+            measure=measure,
+            line=lambda row: tables.line(part, row),
+            models=(folder,) if part == "model" else (),
+        )
+
+    return job.run(
+        STUDY,
+        out,
+        document,
         # Rate by rate, so that a study cut short has whole comparisons.
-        for part, rate, d in product(options.parts, options.bits, options.dimensions):
-            if any((row["bits"], row["dimension"]) == (rate, d) for row in rows[part]):
-                continue
-            if stop():
-                raise Interrupted(f"stopped before R = {rate:g}, d = {d}; the rows before are done.")
-            start, folder = perf_counter(), out / "models" / f"{options.method}-d{d}-{rate:g}bit"
-            row = {"bits": rate, "dimension": d, "limit_db": rate * DB_PER_BIT, **measure(part, d, rate, folder)}
-            rows[part].append(row | {"seconds": perf_counter() - start})
-            say(tables.line(part, rows[part][-1]))
-            rows[part].sort(key=lambda row: (row["bits"], row["dimension"]))
-            save()
-            # Only now: a row that is not saved needs its model again.
-            if part == "model" and not options.keep:
-                for path in (folder, folder.with_name(folder.name + ".work")):
-                    shutil.rmtree(path, ignore_errors=True)
-        save(complete=True)
-        notes = write(document, out)
-        if (out / "models").is_dir() and not any((out / "models").iterdir()):
-            (out / "models").rmdir()
-        (out / "LOCK").unlink()
-    return document | {"notes": notes}
-
-
-def redraw(path: str | Path, out: str | Path | None = None) -> dict[str, Any]:
-    """Write tables and plot of a dimension.json again, next to it or to the folder ``out``; returns its document.
-
-    Raises:
-        FormatError: it is no such file.
-    """
-    document, folder = _read(Path(path)), Path(out if out is not None else Path(path).parent)
-    folder.mkdir(parents=True, exist_ok=True)
-    return document | {"notes": write(document, folder)}
-
-
-def write(document: Mapping[str, Any], folder: Path) -> list[str]:
-    """Write dimension.md and dimension.svg; returns what a person should know: that there is no plot, and why."""
-    io.write_bytes(folder / MARKDOWN, tables.markdown(document).encode())
-    try:
-        picture = plots.dimension(document)
-    except ImportError as error:
-        return [f'no plot, because matplotlib is missing ({error}); install it with: pip install "octavo[report]"']
-    io.write_bytes(folder / SVG, picture)
-    return []
-
-
-# ------------------------------------------------------------------------------------------------ before the work
-
-
-def _stored(out: Path, resume: bool) -> dict[str, Any]:
-    """The document of an earlier run in ``out`` that is to be continued; empty without one."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is no folder; choose another --out.")
-    names = {path.name for path in out.iterdir()} if out.exists() else set()
-    if JSON in names and not resume:
-        raise UsageError(f"{out} holds a study already. Continue it with --resume, or choose another --out.")
-    if JSON not in names and names - _OWN:
-        raise UsageError(f"{out} holds other files ({', '.join(sorted(names - _OWN)[:3])}); choose a new --out.")
-    return _read(out / JSON) if JSON in names else {}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    document = io.read_json(path, "study")
-    rows = document.get("rows") if isinstance(document, dict) and document.get("study") == "dimension" else None
-    if not isinstance(rows, dict) or not all(isinstance(rows.get(part), list) for part in PARTS):
-        raise FormatError(f"{path} is no result of `octavo study dimension`.")
-    return document
+        [task(*what) for what in product(options.parts, options.bits, options.dimensions)],
+        spent=stored.get("seconds", 0.0) + perf_counter() - began,
+        order=lambda row: (row["bits"], row["dimension"]),
+        keep=options.keep,
+        say=say,
+        stop=stop,
+    )
 
 
 def _prepare(source: str | Path | None, options: Options) -> tuple[dict[str, Any], CausalModel | None]:
@@ -168,36 +123,5 @@ def _prepare(source: str | Path | None, options: Options) -> tuple[dict[str, Any
         blocks = dimension.choose_blocks(options.blocks, len(causal.blocks))
         settings["layers"] |= shared | {"blocks": blocks, "max_centroids": options.max_centroids}
     if "model" in options.parts:
-        settings["model"] |= shared | _texts(causal, options)
+        settings["model"] |= shared | options.check(causal)
     return settings, causal
-
-
-def _texts(causal: CausalModel, options: Options) -> dict[str, Any]:
-    """Hashes of the tokens that calibration and evaluation will use."""
-    limit, tokenizer = causal.max_positions, causal.tokenizer()
-    ctx = window_length(options.ctx, limit)
-    if options.max_tokens is not None and options.max_tokens < ctx:
-        raise UsageError(f"max_tokens wanted at least one window of ctx = {ctx} tokens, got {options.max_tokens}.")
-    hashes = {}
-    for name, spec, samples, seed in (
-        ("text", options.text or EVALUATION, options.max_tokens and options.max_tokens // ctx, None),
-        ("calib", options.calib, options.samples, options.seed),
-    ):
-        tokens = windows(tokenizer, read_text(spec), ctx, samples, seed, limit=limit, source=spec)
-        hashes[f"{name}_tokens"] = tokens.sha256
-    return {"ctx": ctx, "samples": options.samples, **hashes}
-
-
-def _check_same(out: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """All rows of a part are measured in one way."""
-    different = [
-        f"{part} {name}: {stored[part].get(name)!r}, now {value!r}"
-        for part in sorted(wanted.keys() & stored.keys())
-        for name, value in wanted[part].items()
-        if stored[part].get(name) != value
-    ]
-    if different:
-        raise UsageError(
-            f"{out / JSON} was made with other settings ({'; '.join(different)}). Resume with the same ones, or choose "
-            "another --out."
-        )

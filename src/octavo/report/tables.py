@@ -1,9 +1,9 @@
-"""The dimension study for people: a line per row, tables, Markdown."""
+"""Studies for people: a line per row, tables, Markdown; here for the dimension study."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 #: Part -> title, what it shows, and columns as (title, keys, digits); keys with ``_se`` beside them show it, too.
@@ -69,7 +69,20 @@ def line(part: str, row: Mapping[str, Any]) -> str:
 
 def markdown(document: Mapping[str, Any]) -> str:
     """The whole study as Markdown."""
-    machine, lines = document["machine"], ["# What the dimension of the vectors brings", ""]
+    return "\n".join(head(document, "What the dimension of the vectors brings") + sections(tables(document)))
+
+
+def _cells(part: str, row: Mapping[str, Any]) -> list[str]:
+    middle = [number(row, key, digits) for _, key, digits in _TABLES[part][2]]
+    return [f"{row['bits']:g}", str(row["dimension"]), *middle, number(row, "seconds", 1), note(row)]
+
+
+# ------------------------------------------------------------------------------------------------ shared by studies
+
+
+def head(document: Mapping[str, Any], title: str) -> list[str]:
+    """First lines of a study's Markdown: title, command, versions and machine."""
+    machine, lines = document["machine"], [f"# {title}", ""]
     if document["command"]:
         lines += ["```", shlex.join(document["command"]), "```", ""]
     facts = [
@@ -81,24 +94,31 @@ def markdown(document: Mapping[str, Any]) -> str:
     lines += [f"{', '.join(facts)}; {document['seconds']:.0f} s.", ""]
     if not document["complete"]:
         lines += ["**This study is not finished.**", ""]
-    for title, about, columns, rows in tables(document):
+    return lines
+
+
+def sections(found: Sequence[Table]) -> list[str]:
+    """Lines of tables as Markdown."""
+    lines = []
+    for title, about, columns, rows in found:
         cells = [columns, ["---"] * len(columns), *rows]
         lines += [f"## {title}", "", about.replace("+- ", "± "), ""]
         lines += [*(f"| {' | '.join(map(_escape, row))} |" for row in cells), ""]
-    return "\n".join(lines)
+    return lines
 
 
-def _cells(part: str, row: Mapping[str, Any]) -> list[str]:
-    def text(key: str, digits: int) -> str:
-        value, error = row.get(key), row.get(f"{key}_se")
-        if value is None:
-            return "-"
-        shown = f"{value:,d}" if isinstance(value, int) else f"{value:.{digits}f}"
-        return shown if error is None else f"{shown} +- {error:.{digits}f}"
+def number(row: Mapping[str, Any], key: str, digits: int) -> str:
+    """A row's number, with its standard error if there is one; a dash for none."""
+    value, error = row.get(key), row.get(f"{key}_se")
+    if value is None:
+        return "-"
+    shown = f"{value:,d}" if isinstance(value, int) else f"{value:.{digits}f}"
+    return shown if error is None else f"{shown} +- {error:.{digits}f}"
 
-    note = "; ".join(str(part) for part in (row["reason"], row.get("warning"), *row.get("notes", ())) if part)
-    middle = [text(key, digits) for _, key, digits in _TABLES[part][2]]
-    return [f"{row['bits']:g}", str(row["dimension"]), *middle, text("seconds", 1), note]
+
+def note(row: Mapping[str, Any]) -> str:
+    """Why a row has no numbers, and what else is to be said about it."""
+    return "; ".join(str(part) for part in (row["reason"], row.get("warning"), *row.get("notes", ())) if part)
 
 
 def _escape(text: str) -> str:

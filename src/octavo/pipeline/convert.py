@@ -1,0 +1,150 @@
+"""A quantized folder in another format: the same matrices, read and written one by one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo import formats
+from octavo._core import io
+from octavo._core.errors import UsageError
+from octavo.formats import CheckpointReader, Format, Quantized
+from octavo.models import quantized, skeleton
+from octavo.models.source import ModelSource, resolve
+from octavo.pipeline.output import Contents, write_output
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """The outcome of :func:`convert`.
+
+    Attributes:
+        format_before, format: names of the formats.
+        matrices: how many there are; rounded: how many of them have other values than before, because the format
+            stores their codebooks in another dtype.
+        rounding: root mean square of the change of their weights, relative to the weights; 0 where nothing changed.
+        bits_before, bits_per_weight: all stored bits of the matrices over their weights.
+        file_bytes: size of the weight files.
+    """
+
+    source: str
+    output: str
+    format_before: str
+    format: str
+    matrices: int
+    rounded: int
+    rounding: float
+    bits_before: float
+    bits_per_weight: float
+    file_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+
+def convert(folder: str | Path, out: str | Path, to: str = "vptq", *, trust_remote_code: bool = False) -> ConvertReport:
+    """Write the quantized model of ``folder`` to the new folder ``out`` in the format ``to``.
+
+    Indices never change. Where the format wants another dtype for codebooks and scales than the folder has, they are
+    rounded to it, and the report says by how much the weights change.
+
+    Raises:
+        UsageError: no such format, nothing quantized in the folder, ``out`` is there already or has no folder to be in,
+            or matrices that the format cannot hold, with the reasons and the nearest settings.
+        FormatError: a damaged folder.
+        ResourceError: no space.
+    """
+    folder, out, form = Path(folder).expanduser(), Path(out), formats.get(to)
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder; wanted one with a quantized model.")
+    if not formats.is_quantized(folder):
+        raise UsageError(f"{folder} holds no quantized model that Octavo reads, so there is nothing to convert.")
+    if os.path.lexists(out):
+        raise UsageError(f"{out} is there already; choose a new folder.")
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"{out} lies inside of {folder}; choose an output elsewhere.")
+    if not out.parent.is_dir():
+        raise UsageError(f"the folder {out.parent} for the output does not exist; create it first.")
+    source = resolve(folder, trust_remote_code=trust_remote_code)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        with io.disk_errors(work):
+            return rewrite(source, out, work, form)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def rewrite(source: ModelSource, out: Path, work: Path, form: Format) -> ConvertReport:
+    """:func:`convert` of an open folder, with what is unfinished in the folder ``work``."""
+    folder, trust = source.folder, source.trust_remote_code
+    before = quantized.check(folder, trust_remote_code=trust)
+    model = quantized.open_skeleton(folder, trust_remote_code=trust)
+    ties = skeleton.ties(model)
+    converter = _Converter(source, before, form, ties)
+    dense = [name for name in skeleton.linear_layers(model) if name not in before.layouts]
+    contents = Contents(form, converter.layouts, before.method, before.details, dense, ties)
+    # Before anything is written.
+    contents.quantization_config()
+    io.require_space(out.parent, CheckpointReader(folder).total_bytes, f"the {form.name} checkpoint")
+    file_bytes = write_output(out, work, source, converter.tensors(), contents)
+    return ConvertReport(
+        source=source.name,
+        output=str(out),
+        format_before=before.format,
+        format=form.name,
+        matrices=len(before.matrices),
+        rounded=converter.rounded,
+        rounding=(converter.changed / converter.total) ** 0.5 if converter.total else 0.0,
+        bits_before=before.bits_per_weight,
+        bits_per_weight=formats.check(out).bits_per_weight,
+        file_bytes=file_bytes,
+    )
+
+
+@dataclass
+class _Converter:
+    """Reads a folder matrix by matrix, in the layouts of another format."""
+
+    source: ModelSource
+    before: Quantized
+    form: Format
+    ties: Mapping[str, str]
+    rounded: int = 0
+    changed: float = 0.0
+    total: float = 0.0
+    layouts: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        dtype = self.source.dtype
+        self.layouts = {module: self.form.adapt(layout, dtype) for module, layout in self.before.layouts.items()}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Everything that the new folder holds, matrices by the names of their layouts."""
+        folder, taken = self.source.folder, self.before.tensors()
+        with CheckpointReader(folder) as reader:
+            for name in reader.names():
+                # What another format had to store twice is stored once again.
+                twice = not self.form.writes_ties and self.ties.get(name, "") in reader
+                if name not in taken and not twice:
+                    yield name, reader.read(name)
+        shapes = quantized.shapes(folder, trust_remote_code=self.source.trust_remote_code)
+        for module, weight in formats.read_weights(folder, shapes):
+            fitted = self.form.fit(weight, self.layouts[module], module)
+            if weight.layout.codebook_dtype != fitted.layout.codebook_dtype:
+                self._compare(weight.dequantize(), fitted.dequantize())
+            for name, tensor in fitted.tensors.items():
+                yield f"{module}.{name}", tensor
+
+    def _compare(self, before: Tensor, after: Tensor) -> None:
+        self.rounded += not torch.equal(before, after)
+        self.changed += float((before - after).double().square().sum())
+        self.total += float(before.double().square().sum())
