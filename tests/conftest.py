@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +203,50 @@ def tiny_text_file(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> 
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
     path.write_text(tiny_text, encoding="utf-8")
     return path
+
+
+# ------------------------------------------------------------------------------------------------ VPTQ folders
+# Modules of other folders are imported where they are used: they import this one.
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``wide(dtype, tied)``: a saved Llama with more than 256 inputs everywhere; made once."""
+
+    from integration.vptq_models import make_wide
+
+    @cache
+    def get(dtype: str = "bfloat16", tied: bool = True) -> Path:
+        return make_wide(tmp_path_factory.mktemp("wide") / f"{dtype}-{tied}", dtype, tied=tied)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def vptq_folder(wide: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as other people have it, with every kind of layer, in several shards."""
+    from integration.vptq_models import write_vptq
+
+    out = tmp_path_factory.mktemp("random") / "theirs"
+    write_vptq(wide(), out, max_shard_bytes=150_000)
+    assert len(list(out.glob("*.safetensors"))) > 2
+    return out
+
+
+@pytest.fixture(scope="session")
+def made(
+    wide: Callable[..., Path], tiny_text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Any]:
+    """``made(dtype, format)``: folder and report of a quantized model; made once."""
+
+    from faults.jobs import run
+    from pipeline.vptq_jobs import OPTIONS, job
+
+    @cache
+    def get(dtype: str = "bfloat16", form: str = "vptq") -> tuple[Path, Any]:
+        out = tmp_path_factory.mktemp("made") / f"{dtype}-{form}"
+        # Left to itself the method takes widths that the kernels of VPTQ do not know.
+        widths = {} if form == "vptq" else {"vector_length": 4, "centroids": 256, "residual_centroids": 0}
+        return out, run(wide(dtype), out, job(tiny_text_file, format=form, options=OPTIONS | widths))
+
+    return get

@@ -88,11 +88,15 @@ class Algorithm(ABC):
         """
 
     def layouts(
-        self, shapes: Sequence[tuple[tuple[int, int], bool]], allowed: Callable[[Layout], bool] | None = None
+        self,
+        shapes: Sequence[tuple[tuple[int, int], bool]],
+        allowed: Callable[[Layout], bool] | None = None,
+        size: Callable[[Layout], int] = Layout.bits,
     ) -> list[Layout]:
         """The layouts of a whole model's matrices, given as (shape, bias); methods may trade bits between them.
 
-        Methods that choose prefer layouts that are ``allowed``; those that have no choice do not ask.
+        Methods that choose prefer layouts that are ``allowed``; those that have no choice do not ask. ``size`` is what
+        a layout takes in the files, in bits.
         """
         return [self.layout(shape, bias) for shape, bias in shapes]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,8 +76,10 @@ class _Kind:
     hull: list[int]
 
     @classmethod
-    def of(cls, options: Sequence[Layout], members: list[int], size_power: float) -> _Kind:
-        bits = np.array([layout.bits() for layout in options])
+    def of(
+        cls, options: Sequence[Layout], members: list[int], size_power: float, size: Callable[[Layout], int]
+    ) -> _Kind:
+        bits = np.array([size(layout) for layout in options])
         errors = np.array([predicted_distortion(layout) * layout.weights**size_power for layout in options])
         order = _worthwhile(bits, errors)
         bits, errors = bits[order], errors[order]
@@ -150,13 +152,19 @@ def _error(kinds: Sequence[_Kind], plan: _Plan) -> float:
     return sum(float(kind.errors[i]) * n for kind, counts in zip(kinds, plan, strict=True) for i, n in counts.items())
 
 
-def allocate(candidates: Sequence[Sequence[Layout]], bits: float, size_power: float = 1.0) -> list[Layout]:
+def allocate(
+    candidates: Sequence[Sequence[Layout]],
+    bits: float,
+    size_power: float = 1.0,
+    size: Callable[[Layout], int] = Layout.bits,
+) -> list[Layout]:
     """One layout per matrix, so that the predicted squared error of all weights together is least within a budget.
 
     A matrix counts with its number of weights to the power ``size_power``: 1 minimises the error of all weights, less
     favours small matrices, which cost few bits and hurt as much when they are wrong.
 
-    The budget is ``bits`` times the number of weights, everything counted. It is spent by the best gain per bit; what
+    The budget is ``bits`` times the number of weights, everything counted by ``size`` (bits of a layout in the files;
+    its own unless a format stores more). It is spent by the best gain per bit; what
     that leaves over goes to the best exchange of one or two layouts, again and again; a search follows unless the
     result is then known to be within a ten-thousandth of the least error. If even the smallest candidates exceed the
     budget (tiny matrices), those are returned; the plan shows it.
@@ -170,7 +178,7 @@ def allocate(candidates: Sequence[Sequence[Layout]], bits: float, size_power: fl
     groups: dict[int, list[int]] = {}
     for index, options in enumerate(candidates):
         groups.setdefault(id(options), []).append(index)
-    kinds = [_Kind.of(candidates[members[0]], members, size_power) for members in groups.values()]
+    kinds = [_Kind.of(candidates[members[0]], members, size_power, size) for members in groups.values()]
     if not kinds:
         return []
     budget = math.floor(bits * sum(options[0].weights for options in candidates))

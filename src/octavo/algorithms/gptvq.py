@@ -141,7 +141,10 @@ class GPTVQ(RowOptions, Algorithm):
         return self.layouts([(shape, bias)])[0]
 
     def layouts(
-        self, shapes: Sequence[tuple[tuple[int, int], bool]], allowed: Callable[[Layout], bool] | None = None
+        self,
+        shapes: Sequence[tuple[tuple[int, int], bool]],
+        allowed: Callable[[Layout], bool] | None = None,
+        size: Callable[[Layout], int] = Layout.bits,
     ) -> list[Layout]:
         candidates = {key: list(self._candidates(*key)) for key in set(shapes)}
         for (shape, _), options in candidates.items():

@@ -146,7 +146,10 @@ class VPTQ(Algorithm):
         return self.layouts([(shape, bias)])[0]
 
     def layouts(
-        self, shapes: Sequence[tuple[tuple[int, int], bool]], allowed: Callable[[Layout], bool] | None = None
+        self,
+        shapes: Sequence[tuple[tuple[int, int], bool]],
+        allowed: Callable[[Layout], bool] | None = None,
+        size: Callable[[Layout], int] = Layout.bits,
     ) -> list[Layout]:
         candidates = {key: list(self._candidates(*key)) for key in set(shapes)}
         if allowed is not None:
@@ -158,7 +161,7 @@ class VPTQ(Algorithm):
                     f"vptq: no codebooks fit a matrix of {shape} within these options (bits {self.bits}, residual of "
                     f"{self.residual_centroids}). Leave more open, or give centroids and vector_length as well."
                 )
-        return allocate([candidates[key] for key in shapes], self.bits)
+        return allocate([candidates[key] for key in shapes], self.bits, size=size)
 
     def _candidates(self, shape: tuple[int, int], bias: bool) -> Iterator[Layout]:
         out, inp = shape

@@ -69,10 +69,15 @@ def command(
             revision=revision,
         )
         layouts = {matrix.module: matrix.layout for matrix in plan.matrices}
+        sizes = {matrix.module: matrix.bits for matrix in plan.matrices}
         for warning in plan.warnings:
             output.warn(warning)
-        output.document({**plan.to_dict(), "groups": groups(layouts), "nominal_bits": totals(layouts)["nominal_bits"]})
-        output.table(COLUMNS, rows(layouts), title=f"{plan.model}: {plan.method}, {options_in_words(plan.options)}")
+        output.document(
+            {**plan.to_dict(), "groups": groups(layouts, sizes), "nominal_bits": totals(layouts)["nominal_bits"]}
+        )
+        output.table(
+            COLUMNS, rows(layouts, sizes), title=f"{plan.model}: {plan.method}, {options_in_words(plan.options)}"
+        )
         output.say()
         output.facts(
             {

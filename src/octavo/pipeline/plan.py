@@ -27,11 +27,12 @@ _ROW_PARALLEL = ("o_proj", "down_proj", "c_proj", "out_proj", "dense", "wo", "fc
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of the plan."""
+    """One matrix of the plan; ``bits`` is its size in the files."""
 
     module: str
     block: int
     layout: Layout
+    bits: int
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -40,8 +41,8 @@ class Matrix:
             "block": self.block,
             "layout": self.layout.to_dict(),
             "nominal_bits": self.layout.nominal_bits,
-            "bits_per_weight": self.layout.bits_per_weight,
-            "bytes": -(-self.layout.bits() // 8),
+            "bits_per_weight": self.bits / self.layout.weights,
+            "bytes": -(-self.bits // 8),
         }
 
 
@@ -165,15 +166,18 @@ def plan_model(
         raise UsageError(f"samples wanted >= 1 and ctx >= 2, got {samples} and {ctx}")
     targets = [(name, i, target) for i in range(len(model.blocks)) for name, target in model.targets(i).items()]
     shapes = [(target.shape, target.bias) for _, _, target in targets]
-    layouts = algorithm.layouts(shapes, allowed=lambda layout: not form.refusals(layout))
+    layouts = algorithm.layouts(shapes, allowed=lambda layout: not form.refusals(layout), size=form.bits)
     form.require({name: layout for (name, _, _), layout in zip(targets, layouts, strict=True)})
-    matrices = [Matrix(name, index, layout) for (name, index, _), layout in zip(targets, layouts, strict=True)]
+    matrices = [
+        Matrix(name, index, layout, form.bits(layout))
+        for (name, index, _), layout in zip(targets, layouts, strict=True)
+    ]
     if not matrices:
         raise UsageError(f"{model.source.name}: every linear layer is skipped; there is nothing to quantize")
     if tensor_parallel != 1:
         _check_tensor_parallel(matrices, tensor_parallel)
     weights = sum(m.layout.weights for m in matrices)
-    sizes = [form.bits(m.layout) for m in matrices]
+    sizes = [m.bits for m in matrices]
     bits = sum(sizes)
     kept = model.kept()
     kept_bytes = sum(model.reader.bytes(name) for name in kept)
@@ -218,12 +222,12 @@ def _check_tensor_parallel(matrices: Sequence[Matrix], ways: int) -> None:
 
 def _warnings(model: CausalModel, matrices: Sequence[Matrix], algorithm: Algorithm, tokens: int) -> list[str]:
     notes = list(model.notes)
-    bits = sum(m.layout.bits() for m in matrices) / sum(m.layout.weights for m in matrices)
+    bits = sum(m.bits for m in matrices) / sum(m.layout.weights for m in matrices)
     if algorithm.counts_all_bits and bits > algorithm.bits:
-        worst = max(matrices, key=lambda m: m.layout.bits_per_weight)
+        worst = max(matrices, key=lambda m: m.bits / m.layout.weights)
         notes.append(
             f"the matrices are too small for {algorithm.bits} bits per weight with these options: {bits:.3f} in all, "
-            f"up to {worst.layout.bits_per_weight:.2f} ({worst.module} {worst.layout.shape})"
+            f"up to {worst.bits / worst.layout.weights:.2f} ({worst.module} {worst.layout.shape})"
         )
     widest = max(m.layout.shape[1] for m in matrices)
     if algorithm.needs_hessian and tokens < widest:

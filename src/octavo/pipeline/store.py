@@ -26,7 +26,7 @@ from octavo._core.errors import FormatError, ResourceError, UsageError
 STORE_VERSION = 1
 _HASH_CHARS = 64
 #: What a work folder may hold.
-_OWN = ("LOCK", "CURRENT", "objects", "source", "output", "quantized", "tuning")
+_OWN = ("LOCK", "CURRENT", "objects", "source", "output", "quantized", "tuning", "read")
 
 
 @dataclass
@@ -273,7 +273,7 @@ def no_litter(work: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if os.listdir(work) == ["LOCK"]:
+        if set(os.listdir(work)) <= {"LOCK", "read"}:
             shutil.rmtree(work)
         raise
 

@@ -7,6 +7,7 @@ the norms of the model are trained on KL(original || quantized). Size and format
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -122,9 +123,11 @@ def tune(
         form = formats.get(format) if format else read
         if read.name != "octavo":
             reporter.emit("phase", f"reading {folder.name} ({read.name})")
-            own = work / "read"
-            if not own.exists():
-                rewrite(resolve(folder, trust_remote_code=trust_remote_code), own, work, formats.get("octavo"))
+            own = work / "read" / folder.resolve().name
+            # Always anew: a failed job may have left another folder's, and a resume must see if this one has changed.
+            shutil.rmtree(own.parent, ignore_errors=True)
+            own.parent.mkdir()
+            rewrite(resolve(folder, trust_remote_code=trust_remote_code), own, work, formats.get("octavo"))
             folder = own
         return tune_into(out, folder, source, settings, work, reporter, stop, form=form, keep_work=keep_work)
 
