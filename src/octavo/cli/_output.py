@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -266,3 +267,17 @@ def graceful_stop(out: Output, what: str) -> Iterator[Callable[[], bool]]:
         yield lambda: asked
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def resumable(output: Output, context: typer.Context, what: str) -> Iterator[Callable[[], bool]]:
+    """:func:`graceful_stop` after ``what``; an interruption ends with the command that continues."""
+    kept = [part for part in context.obj or ["quantize", ".."] if part not in ("--resume", "--force-new")]
+    advice = f"\nContinue with: {shlex.join(['octavo', *kept, '--resume'])}"
+    with graceful_stop(output, what) as stop:
+        try:
+            yield stop
+        except Interrupted as error:
+            raise Interrupted(f"{error}{advice}") from error
+        except KeyboardInterrupt as error:
+            raise Interrupted(f"stopped at once; what was saved before is kept.{advice}") from error

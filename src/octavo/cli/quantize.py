@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from octavo._core.errors import Interrupted
 from octavo.cli import _options as options
 from octavo.cli._output import (
     JsonOption,
@@ -20,9 +17,9 @@ from octavo.cli._output import (
     RevisionOption,
     ThreadsOption,
     duration,
-    graceful_stop,
     parse_settings,
     quiet_libraries,
+    resumable,
     size,
     use_threads,
 )
@@ -169,17 +166,3 @@ def costs(report: Report | TuneReport) -> dict[str, str]:
         "peak memory": size(report.peak_bytes),
     }
     return facts | ({"warnings": f"{len(report.notes)}, shown above"} if report.notes else {})
-
-
-@contextmanager
-def resumable(output: Output, context: typer.Context, what: str) -> Iterator[Callable[[], bool]]:
-    """:func:`graceful_stop` after ``what``; an interruption ends with the command that continues."""
-    kept = [part for part in context.obj or ["quantize", ".."] if part not in ("--resume", "--force-new")]
-    advice = f"\nContinue with: {shlex.join(['octavo', *kept, '--resume'])}"
-    with graceful_stop(output, what) as stop:
-        try:
-            yield stop
-        except Interrupted as error:
-            raise Interrupted(f"{error}{advice}") from error
-        except KeyboardInterrupt as error:
-            raise Interrupted(f"stopped at once; what was saved before is kept.{advice}") from error

@@ -16,10 +16,10 @@ from octavo.cli._output import (
     ThreadsOption,
     duration,
     quiet_libraries,
+    resumable,
     use_threads,
 )
 from octavo.cli._study import Keep, Resume, index_list, machine, numbers
-from octavo.cli.quantize import resumable
 
 
 def command(

@@ -14,10 +14,11 @@ from octavo.cli._output import (
     RemoteCodeOption,
     ThreadsOption,
     quiet_libraries,
+    resumable,
     size,
     use_threads,
 )
-from octavo.cli.quantize import costs, resumable, tuning_facts
+from octavo.cli.quantize import costs, tuning_facts
 
 if TYPE_CHECKING:
     from octavo.pipeline.tune import TuneReport

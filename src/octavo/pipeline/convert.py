@@ -92,8 +92,12 @@ def rewrite(source: ModelSource, out: Path, work: Path, form: Format) -> Convert
     converter = _Converter(source, before, form, ties)
     dense = [name for name in skeleton.linear_layers(model) if name not in before.layouts]
     contents = Contents(form, converter.layouts, before.method, before.details, dense, ties)
-    # Before anything is written.
-    contents.quantization_config()
+    try:
+        # Before anything is written.
+        contents.quantization_config()
+    except UsageError as error:
+        advice = f"`octavo quantize --format {form.name}` chooses layouts that it can hold."
+        raise UsageError(f"{error}\n{advice}") from error
     io.require_space(out.parent, CheckpointReader(folder).total_bytes, f"the {form.name} checkpoint")
     file_bytes = write_output(out, work, source, converter.tensors(), contents)
     return ConvertReport(
