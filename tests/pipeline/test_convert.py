@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -327,3 +329,60 @@ def test_too_little_space_is_noticed_before_anything_is_written(
     with pytest.raises(ResourceError, match="the octavo checkpoint"):
         convert(made()[0], tmp_path / "out", "octavo")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", ["quantize", "convert"])
+def test_a_tied_model_that_stores_only_its_head_keeps_it(
+    how: str, wide: Callable[..., Path], tiny_text_file: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "head-only"
+    shutil.copytree(wide(), source)
+    tensors = load_file(source / "model.safetensors")
+    head = tensors.pop("model.embed_tokens.weight")
+    save_file({**tensors, "lm_head.weight": head}, source / "model.safetensors", {"format": "pt"})
+    widths = {"vector_length": 4, "centroids": 256, "residual_centroids": 0}
+    settings = job(tiny_text_file, options=OPTIONS | widths)
+    if how == "quantize":
+        run(source, tmp_path / "out", settings)
+    else:
+        run(source, tmp_path / "own", settings | {"format": "octavo"})
+        convert(tmp_path / "own", tmp_path / "out")
+    found = tensors_of(tmp_path / "out")
+    assert torch.equal(found["lm_head.weight"], head)
+    assert torch.equal(found["model.embed_tokens.weight"], head)
+    octavo.load(tmp_path / "out")
+
+
+def test_rounded_scales_are_reported_and_not_called_equal(
+    wide: Callable[..., Path], tiny_text_file: Path, tmp_path: Path
+) -> None:
+    options = {"vector_length": 4, "centroids": 256, "residual_centroids": 0, "norm": True}
+    changes = {"options": OPTIONS | options | {"codebook_dtype": "bfloat16"}, "side_dtype": "float32"}
+    run(wide(), tmp_path / "own", job(tiny_text_file, format="octavo", **changes))
+    report = convert(tmp_path / "own", tmp_path / "out")
+    before, after = weights_of(tmp_path / "own"), weights_of(tmp_path / "out")
+    assert report.rounded == sum(not torch.equal(before[name], after[name]) for name in before) == report.matrices
+    assert 0 < report.rounding < 2**-7
+
+
+def test_damaged_bytes_get_no_new_manifest(made: Callable[..., Any], tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(made()[0], folder)
+    file = next(folder.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(FormatError, match="changed or damaged"):
+        convert(folder, tmp_path / "out", "octavo")
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_a_parent_that_cannot_be_written_to_is_refused(
+    made: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: Any) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("octavo.pipeline.convert.tempfile.mkdtemp", refuse)
+    with pytest.raises(UsageError, match=r"cannot write to .*Permission denied"):
+        convert(made()[0], tmp_path / "out", "octavo")

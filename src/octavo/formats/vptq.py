@@ -244,7 +244,8 @@ class VPTQFormat(Format):
         return changed | {"side_dtype": name}
 
     def model_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        named = config.get("dtype", config.get("torch_dtype"))
+        text = config["text_config"] if isinstance(config.get("text_config"), dict) else {}
+        named = next((part[key] for part in (config, text) for key in ("dtype", "torch_dtype") if part.get(key)), None)
         name = _FLOATS[file_dtype(getattr(torch, str(named), torch.float32))]
         # The older key is the one that the package's loader knows.
         return {**config, "dtype": name, "torch_dtype": name}

@@ -58,7 +58,8 @@ class ModelSource:
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights, as the configuration says; float32 where it says nothing."""
-        found = self.config.dtype
+        # Multimodal models may say it for their text part alone.
+        found = self.config.dtype or self.config.get_text_config().dtype
         found = getattr(torch, found, None) if isinstance(found, str) else found
         return found if isinstance(found, torch.dtype) else torch.float32
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from octavo import formats
 from octavo._core import io
-from octavo._core.errors import UsageError
-from octavo.formats import CheckpointReader, Format, Quantized
+from octavo._core.errors import FormatError, UsageError
+from octavo.formats import CheckpointReader, Format, Quantized, manifest
 from octavo.models import quantized, skeleton
 from octavo.models.source import ModelSource, resolve
 from octavo.pipeline.output import Contents, write_output
+from octavo.weight import VQWeight
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class ConvertReport:
     Attributes:
         format_before, format: names of the formats.
         matrices: how many there are; rounded: how many of them have other values than before, because the format
-            stores their codebooks in another dtype.
+            stores their numbers in another dtype.
         rounding: root mean square of the change of their weights, relative to the weights; 0 where nothing changed.
         bits_before, bits_per_weight: all stored bits of the matrices over their weights.
         file_bytes: size of the weight files.
@@ -75,7 +76,11 @@ def convert(folder: str | Path, out: str | Path, to: str = "vptq", *, trust_remo
     if not out.parent.is_dir():
         raise UsageError(f"the folder {out.parent} for the output does not exist; create it first.")
     source = resolve(folder, trust_remote_code=trust_remote_code)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise UsageError(f"cannot write to {out.parent}: {reason}. Choose an output elsewhere.") from error
     try:
         with io.disk_errors(work):
             return rewrite(source, out, work, form)
@@ -87,6 +92,9 @@ def rewrite(source: ModelSource, out: Path, work: Path, form: Format) -> Convert
     """:func:`convert` of an open folder, with what is unfinished in the folder ``work``."""
     folder, trust = source.folder, source.trust_remote_code
     before = quantized.check(folder, trust_remote_code=trust)
+    # The new manifest would vouch for bytes that the old one does not know.
+    if (folder / formats.MANIFEST_FILE).is_file() and (found := manifest.problems(folder)):
+        raise FormatError("\n".join(found))
     model = quantized.open_skeleton(folder, trust_remote_code=trust)
     ties = skeleton.ties(model)
     converter = _Converter(source, before, form, ties)
@@ -98,7 +106,12 @@ def rewrite(source: ModelSource, out: Path, work: Path, form: Format) -> Convert
     except UsageError as error:
         advice = f"`octavo quantize --format {form.name}` chooses layouts that it can hold."
         raise UsageError(f"{error}\n{advice}") from error
-    io.require_space(out.parent, CheckpointReader(folder).total_bytes, f"the {form.name} checkpoint")
+    taken = before.tensors()
+    with CheckpointReader(folder) as reader:
+        kept = {name: reader.bytes(name) for name in reader.names() if name not in taken}
+    needed = sum(kept.values()) + contents.twin_bytes(kept)
+    needed += sum(-(-form.bits(layout) // 8) for layout in converter.layouts.values())
+    io.require_space(out.parent, needed, f"the {form.name} checkpoint")
     file_bytes = write_output(out, work, source, converter.tensors(), contents)
     return ConvertReport(
         source=source.name,
@@ -143,12 +156,14 @@ class _Converter:
         shapes = quantized.shapes(folder, trust_remote_code=self.source.trust_remote_code)
         for module, weight in formats.read_weights(folder, shapes):
             fitted = self.form.fit(weight, self.layouts[module], module)
-            if weight.layout.codebook_dtype != fitted.layout.codebook_dtype:
-                self._compare(weight.dequantize(), fitted.dequantize())
+            if weight.layout != fitted.layout:
+                self._compare(weight, fitted)
             for name, tensor in fitted.tensors.items():
                 yield f"{module}.{name}", tensor
 
-    def _compare(self, before: Tensor, after: Tensor) -> None:
-        self.rounded += not torch.equal(before, after)
+    def _compare(self, old: VQWeight, new: VQWeight) -> None:
+        before, after = old.dequantize(), new.dequantize()
+        same_bias = old.bias is None or new.bias is None or torch.equal(old.bias.float(), new.bias.float())
+        self.rounded += not (same_bias and torch.equal(before, after))
         self.changed += float((before - after).double().square().sum())
         self.total += float(before.double().square().sum())

@@ -51,21 +51,44 @@ class Contents:
     def encoded(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Tensors with the names of layouts to those of the format; what belongs to no quantized matrix passes."""
         pending: dict[str, dict[str, Tensor]] = {}
-        twins = {partner: name for name, partner in self.ties.items()} if self.form.writes_ties else {}
+        ties = self.ties if self.form.writes_ties else {}
+        held: dict[str, Tensor] = {}
+        written: set[str] = set()
         for name, tensor in tensors:
             module, _, leaf = name.rpartition(".")
             layout = self.layouts.get(module)
+            if name in ties:
+                # Written with its partner, whose values count; a checkpoint may store this one alone.
+                held[name] = tensor
+                continue
             if layout is None:
-                if name not in self.ties or not self.form.writes_ties:
-                    yield name, tensor
-                if name in twins:
-                    yield twins[name], tensor
+                written.add(name)
+                for same in (name, *self._twins(name)):
+                    yield same, tensor
                 continue
             parts = pending.setdefault(module, {})
             parts[leaf] = tensor
             if len(parts) == len(layout.tensors()):
                 for key, value in self.form.encode(VQWeight(layout, pending.pop(module))).items():
                     yield f"{module}.{key}", value
+        for partner in dict.fromkeys(ties[name] for name in held if ties[name] not in written):
+            twins = self._twins(partner)
+            tensor = next(held[twin] for twin in twins if twin in held)
+            for name in (partner, *twins):
+                yield name, tensor
+
+    def _twins(self, partner: str) -> list[str]:
+        return [name for name, other in self.ties.items() if other == partner and self.form.writes_ties]
+
+    def twin_bytes(self, kept: Mapping[str, int]) -> int:
+        """What storing tied tensors as well adds to the kept tensors, given as name -> bytes."""
+        partners = {partner for partner in self.ties.values() if self.form.writes_ties}
+        added = 0
+        for partner in partners:
+            names = (partner, *self._twins(partner))
+            size = next((kept[name] for name in names if name in kept), 0)
+            added += sum(size for name in names if name not in kept)
+        return added
 
 
 def write_output(

@@ -19,6 +19,7 @@ from octavo.formats import Format
 from octavo.layout import Layout, SideDtype
 from octavo.models.adapter import CausalModel
 from octavo.models.source import resolve
+from octavo.pipeline.output import Contents
 
 DEFAULT_METHOD, DEFAULT_BITS = "vptq", 2.25
 #: A layer that reads what a column-split layer wrote is split along its inputs under tensor parallelism.
@@ -180,7 +181,8 @@ def plan_model(
     sizes = [m.bits for m in matrices]
     bits = sum(sizes)
     kept = model.kept()
-    kept_bytes = sum(model.reader.bytes(name) for name in kept)
+    stored = {model.model_name(name): model.reader.bytes(name) for name in kept}
+    kept_bytes = sum(stored.values()) + Contents(form, {}, algorithm.name, ties=model.ties()).twin_bytes(stored)
     flops = _flops(matrices, samples * ctx, algorithm.needs_hessian)
     return Plan(
         model=model.source.name,

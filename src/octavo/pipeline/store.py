@@ -273,7 +273,7 @@ def no_litter(work: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if set(os.listdir(work)) <= {"LOCK", "read"}:
+        if set(os.listdir(work)) <= {"LOCK", "read", "output"}:
             shutil.rmtree(work)
         raise
 

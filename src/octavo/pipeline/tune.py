@@ -22,6 +22,7 @@ from octavo._core.errors import UsageError
 from octavo.calibration.data import Tokens, read_text, window_length, windows
 from octavo.formats import Format
 from octavo.models.adapter import CausalModel
+from octavo.models.quantized import check
 from octavo.models.source import ModelSource, resolve
 from octavo.pipeline._original import Original
 from octavo.pipeline._student import Student
@@ -115,12 +116,17 @@ def tune(
         raise UsageError(f"{folder} holds no quantized model that Octavo reads, so there is nothing to tune in it.")
     if out.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"{out} lies inside of {folder}; choose an output elsewhere.")
+    read = formats.format_of(formats.raw_config(folder), str(folder))
+    form = formats.get(format) if format else read
+    if form.name != "octavo":
+        try:
+            form.require(check(folder, trust_remote_code=trust_remote_code).layouts)
+        except UsageError as error:
+            raise UsageError(f"{error}\nTune it with --format octavo, which holds all that Octavo reads.") from error
     work = prepare_work(out, resume, force_new, reporter.note)
     with io.disk_errors(work), io.FolderLock(work), no_litter(work):
         source = resolve(reference, trust_remote_code=trust_remote_code, work=work / "source")
         stop = stop or (lambda: False)
-        read = formats.format_of(formats.raw_config(folder), str(folder))
-        form = formats.get(format) if format else read
         if read.name != "octavo":
             reporter.emit("phase", f"reading {folder.name} ({read.name})")
             own = work / "read" / folder.resolve().name
