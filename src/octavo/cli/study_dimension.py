@@ -14,12 +14,9 @@ from octavo.cli._output import (
     QuietOption,
     RemoteCodeOption,
     ThreadsOption,
-    duration,
-    quiet_libraries,
-    resumable,
     use_threads,
 )
-from octavo.cli._study import Keep, Resume, index_list, machine, numbers
+from octavo.cli._study import Keep, Resume, index_list, numbers, perform, show
 
 
 def command(
@@ -79,7 +76,7 @@ def command(
 
         use_threads(threads)
         if redraw is not None:
-            show(output, study.redraw(redraw, out))
+            _show(output, study.redraw(redraw, out))
             return
         assert out is not None
         chosen = study.Options(
@@ -96,29 +93,11 @@ def command(
             keep=keep,
             trust_remote_code=trust_remote_code,
         )
-        quiet_libraries()
-        with resumable(output, context, "this row or block") as stop:
-            document = study.run(
-                out,
-                model,
-                chosen,
-                resume=resume,
-                facts={"command": ["octavo", *(context.obj or ())], "machine": machine()},
-                say=output.progress,
-                progress=output.event,
-                stop=stop,
-            )
-        show(output, document)
+        document = perform(output, context, study.run, out, model, chosen, resume=resume, unit="this row or block")
+        _show(output, document)
 
 
-def show(output: Output, document: dict[str, Any]) -> None:
-    """The tables of a study, or its document."""
+def _show(output: Output, document: dict[str, Any]) -> None:
     from octavo.report.tables import tables
 
-    for note in document["notes"]:
-        output.warn(note)
-    output.document(document)
-    for title, about, columns, rows in tables(document):
-        output.table(columns, rows, title=title)
-        output.say(about + "\n")
-    output.say(duration(document["seconds"]))
+    show(output, document, tables(document))

@@ -14,13 +14,10 @@ from octavo.cli._output import (
     QuietOption,
     RemoteCodeOption,
     ThreadsOption,
-    duration,
     parse_settings,
-    quiet_libraries,
-    resumable,
     use_threads,
 )
-from octavo.cli._study import Keep, Resume, index_list, machine, numbers
+from octavo.cli._study import Keep, Resume, index_list, numbers, perform, show
 
 
 def command(
@@ -98,7 +95,7 @@ def command(
 
         use_threads(threads)
         if redraw is not None:
-            show(output, ablation_study.redraw(redraw, out))
+            _show(output, ablation_study.redraw(redraw, out))
             return
         assert model is not None and out is not None
         chosen = ablation_study.Options(
@@ -113,30 +110,13 @@ def command(
             keep=keep,
             trust_remote_code=trust_remote_code,
         )
-        quiet_libraries()
-        with resumable(output, context, "this row, block or step") as stop:
-            document = ablation_study.run(
-                out,
-                model,
-                chosen,
-                resume=resume,
-                facts={"command": ["octavo", *(context.obj or ())], "machine": machine()},
-                say=output.progress,
-                progress=output.event,
-                stop=stop,
-            )
-        show(output, document)
+        document = perform(
+            output, context, ablation_study.run, out, model, chosen, resume=resume, unit="this row, block or step"
+        )
+        _show(output, document)
 
 
-def show(output: Output, document: dict[str, Any]) -> None:
-    """The tables of the study, or its document."""
-    from octavo.report import ablation_tables
+def _show(output: Output, document: dict[str, Any]) -> None:
+    from octavo.report import ablation_tables as tables
 
-    for note in [*document["notes"], *ablation_tables.left_out(document)]:
-        output.warn(note)
-    output.document(document)
-    for title, about, columns, rows in ablation_tables.tables(document):
-        output.table(columns, rows, title=title)
-        output.say(about + "\n")
-    output.say(ablation_tables.about(document))
-    output.say(duration(document["seconds"]))
+    show(output, document, tables.tables(document), tables.left_out(document), tables.about(document))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,6 +95,18 @@ class Quantized:
         """All stored bits of all quantized matrices over their weights."""
         matrices = self.matrices.values()
         return sum(matrix.bits() for matrix in matrices) / sum(matrix.layout.weights for matrix in matrices)
+
+
+def json_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``quantization_config`` as it will be read again.
+
+    Raises:
+        UsageError: something in it, the details most likely, is not JSON.
+    """
+    try:
+        return json.loads(json.dumps(config, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"details of the quantization config wanted JSON values: {error}.") from error
 
 
 class Format(ABC):

@@ -31,7 +31,6 @@ class Geometry:
         outliers: leading columns with a codebook of their own.
         norm: scale and offset per ``input`` or ``output`` channel, or None.
         packed: indices are bit streams in 32-bit words; else each has 16 bits.
-        outlier_dtype: of outlier indices and permutation.
     """
 
     out: int

@@ -6,7 +6,6 @@ their names and bytes.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from octavo._core.errors import FormatError, UsageError, did_you_mean
-from octavo.formats._base import Format, Quantized, Shapes, Spec, Stored, registry
+from octavo._core.errors import FormatError, did_you_mean
+from octavo.formats._base import Format, Quantized, Shapes, Spec, Stored, json_values, registry
 from octavo.formats.manifest import FORMAT_VERSION, octavo_version
 from octavo.formats.reader import CheckpointReader
 from octavo.layout import Layout
@@ -81,10 +80,7 @@ def quantization_config(layouts: Mapping[str, Layout], method: str, details: Map
         "modules": modules,
         "details": dict(details),
     }
-    try:
-        return json.loads(json.dumps(config, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"details of the quantization config wanted JSON values: {error}.") from error
+    return json_values(config)
 
 
 def parse_config(raw: Any, where: str) -> Quantized:

@@ -27,6 +27,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 #: The safetensors specification caps headers at 100 MB.
 MAX_HEADER_BYTES = 100_000_000
+#: Endings of files that hold pickles, which are never opened.
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_RANK = 16
 _LFS_MAGIC = b"version https://git-lfs"
 
@@ -229,7 +231,7 @@ class CheckpointReader:
             present = sorted(os.listdir(self.folder))
         except OSError as error:
             return f" It cannot be listed: {error.strerror}."
-        if any(name.endswith((".bin", ".pt", ".pth")) for name in present):
+        if any(name.endswith(PICKLED) for name in present):
             return " It has pickled PyTorch weights, which can run code when loaded; convert them to safetensors first."
         if any(name.endswith(".gguf") for name in present):
             return " It has a .gguf file; pass that file itself as MODEL."

@@ -9,7 +9,6 @@ step of decoding, so that every value is the same bit for bit.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from octavo._core.errors import FormatError, UsageError
 from octavo.formats import _vptq_limits as limits
-from octavo.formats._base import Format, Quantized, Shapes, Spec, Stored, registry
+from octavo.formats._base import Format, Quantized, Shapes, Spec, Stored, json_values, registry
 from octavo.formats._vptq_config import Geometry, entries, is_gptqmodel
 from octavo.formats.manifest import octavo_version
 from octavo.formats.native import MODULE_NAME
@@ -175,10 +174,7 @@ class VPTQFormat(Format):
             # Nobody else looks at it.
             "octavo": {"octavo_version": octavo_version(), "method": method, "details": dict(details)},
         }
-        try:
-            return json.loads(json.dumps(config, allow_nan=False))
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"details of the quantization config wanted JSON values: {error}.") from error
+        return json_values(config)
 
     def encode(self, weight: VQWeight) -> dict[str, Tensor]:
         layout, tensors = weight.layout, weight.tensors
@@ -211,7 +207,7 @@ class VPTQFormat(Format):
         return sum(8 * dtype.itemsize * math.prod(shape) for dtype, shape in spec.values())
 
     def adapt(self, layout: Layout, dtype: torch.dtype) -> Layout:
-        name = _FLOATS[file_dtype(dtype)]
+        name = _FLOATS[_file_dtype(dtype)]
         if layout.codebook_dtype == "grid" or layout.codebook_rank:
             return layout
         norm = "input" if layout.channel_norm == "none" else layout.channel_norm
@@ -235,7 +231,7 @@ class VPTQFormat(Format):
         return limits.refusals(layout)
 
     def options(self, options: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-        name, changed = _FLOATS[file_dtype(dtype)], dict(options)
+        name, changed = _FLOATS[_file_dtype(dtype)], dict(options)
         if changed.get("codebook_dtype") in ("auto", "float16", "bfloat16", "float32"):
             changed["codebook_dtype"] = name
         if "norm" in changed and changed["norm"] is None:
@@ -246,12 +242,12 @@ class VPTQFormat(Format):
     def model_config(self, config: dict[str, Any]) -> dict[str, Any]:
         text = config["text_config"] if isinstance(config.get("text_config"), dict) else {}
         named = next((part[key] for part in (config, text) for key in ("dtype", "torch_dtype") if part.get(key)), None)
-        name = _FLOATS[file_dtype(getattr(torch, str(named), torch.float32))]
+        name = _FLOATS[_file_dtype(getattr(torch, str(named), torch.float32))]
         # The older key is the one that the package's loader knows.
         return {**config, "dtype": name, "torch_dtype": name}
 
 
-def file_dtype(dtype: torch.dtype) -> torch.dtype:
+def _file_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of a checkpoint for a model of ``dtype``: the kernels know float16 and bfloat16."""
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
 

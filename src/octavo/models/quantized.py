@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from octavo import formats
 from octavo._core.errors import FormatError
 from octavo.formats import Quantized, Shapes
 from octavo.models import skeleton
 from octavo.models.source import resolve
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def check(folder: str | Path, raw: dict[str, Any] | None = None, *, trust_remote_code: bool = False) -> Quantized:
@@ -26,15 +23,6 @@ def check(folder: str | Path, raw: dict[str, Any] | None = None, *, trust_remote
     return formats.check(folder, raw, shapes(folder, trust_remote_code=trust_remote_code))
 
 
-def open_skeleton(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a folder without its weights, all linear layers dense.
-
-    Raises:
-        UsageError: a configuration that transformers has no causal language model for.
-    """
-    return skeleton.build(resolve(folder, trust_remote_code=trust_remote_code))
-
-
 def shapes(folder: str | Path, *, trust_remote_code: bool = False) -> Shapes:
     """The shapes of a folder's linear layers, by a skeleton that is built when the first one is asked for.
 
@@ -43,7 +31,7 @@ def shapes(folder: str | Path, *, trust_remote_code: bool = False) -> Shapes:
 
     @cache
     def layers() -> dict[str, skeleton.Target]:
-        return skeleton.linear_layers(open_skeleton(folder, trust_remote_code=trust_remote_code))
+        return skeleton.linear_layers(skeleton.build(resolve(folder, trust_remote_code=trust_remote_code)))
 
     def shape(module: str) -> tuple[int, int]:
         try:

@@ -12,6 +12,7 @@ import torch
 
 from octavo._core.errors import FormatError, UsageError, did_you_mean
 from octavo._core.io import read_json
+from octavo.formats.reader import PICKLED
 from octavo.models import gguf
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ _AUXILIARY = (
     "NOTICE*",
 )
 _SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.py", "LICENSE*", "NOTICE*"]
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -67,7 +67,7 @@ class ModelSource:
         """Tokenizer, chat template, generation defaults and licences, and the model's code if it is trusted; sorted."""
         patterns = (*_AUXILIARY, "*.py") if self.trust_remote_code else _AUXILIARY
         found = {path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file()}
-        return sorted(path for path in found if not path.name.endswith((".safetensors", *_PICKLED)))
+        return sorted(path for path in found if not path.name.endswith((".safetensors", *PICKLED)))
 
 
 def resolve(
@@ -168,7 +168,7 @@ def _require_safetensors(folder: Path) -> None:
     names = sorted(entry.name for entry in folder.iterdir())
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         return
-    pickled = [name for name in names if name.endswith(_PICKLED)]
+    pickled = [name for name in names if name.endswith(PICKLED)]
     if pickled:
         raise FormatError(
             f"{folder} has its weights only as pickle ({', '.join(pickled[:3])}), which can run code while loading; "

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from octavo import formats
@@ -19,7 +18,7 @@ from octavo.models import skeleton
 from octavo.models.names import match_names
 from octavo.models.source import ModelSource
 from octavo.nn import VQLinear
-from octavo.pipeline._tunable import PARTS, RoundTo, TunableLinear, norms_of, root_mean_square
+from octavo.pipeline._tunable import PARTS, TunableLinear, norms_of, train_norm
 
 #: Numbers of one chunk of logits: 64 MiB in float32.
 _CHUNK_NUMBERS = 1 << 24
@@ -74,10 +73,9 @@ class Student(nn.Module):
         self._probe()
 
     def _round_norm(self, stored: str, module: nn.Module, leaf: str) -> None:
-        parametrize.register_parametrization(module, leaf, RoundTo(DTYPES[self.reader.info(stored)[0]]))
-        original: Any = module.parametrizations[leaf].original  # type: ignore[index,union-attr]
         self._norms[stored] = module, leaf
-        self.tuned[stored], self.units[stored] = original.requires_grad_(True), root_mean_square(original) or 1.0
+        dtype = DTYPES[self.reader.info(stored)[0]]
+        self.tuned[stored], self.units[stored] = train_norm(module, leaf, dtype)
 
     # ---------------------------------------------------------------- running
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from octavo._core.errors import UsageError
@@ -54,6 +55,13 @@ def norms_of(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
 def straight_through(value: Tensor, stored: Tensor) -> Tensor:
     """``stored``, what the file will hold of ``value``, with the gradient of ``value``."""
     return stored + (value - value.detach())
+
+
+def train_norm(module: nn.Module, leaf: str, dtype: torch.dtype) -> tuple[nn.Parameter, float]:
+    """Let a norm be seen as ``dtype`` stores it; its float32 parameter to be trained, and the natural step size."""
+    parametrize.register_parametrization(module, leaf, RoundTo(dtype))
+    parameter: Any = module.parametrizations[leaf].original  # type: ignore[index,union-attr]
+    return parameter.requires_grad_(True), root_mean_square(parameter) or 1.0
 
 
 class RoundTo(nn.Module):

@@ -23,7 +23,13 @@ from octavo.calibration import capture
 from octavo.formats.reader import DTYPES
 from octavo.layout import Layout
 from octavo.models.adapter import CausalModel
-from octavo.pipeline._tunable import RoundTo, TunableLinear, check_parts, norms_of, part_of, root_mean_square
+from octavo.pipeline._tunable import (
+    TunableLinear,
+    check_parts,
+    norms_of,
+    part_of,
+    train_norm,
+)
 from octavo.pipeline._tuning import learning_rate
 from octavo.weight import VQWeight
 
@@ -341,10 +347,7 @@ class _Student:
             for key, parameter in trained.items():
                 self.parameters[f"{full}.{key}"], self.units[f"{full}.{key}"] = parameter, layer.unit(key)
         for full, dtype, module, leaf in norms:
-            parametrize.register_parametrization(module, leaf, RoundTo(dtype))
-            original: Any = module.parametrizations[leaf].original  # type: ignore[index,union-attr]
-            self.parameters[full] = original.requires_grad_(True)
-            self.units[full] = root_mean_square(original) or 1.0
+            self.parameters[full], self.units[full] = train_norm(module, leaf, dtype)
 
     def __call__(self, states: Tensor, arguments: dict[str, Any]) -> Tensor:
         output = self._block(states, **arguments)

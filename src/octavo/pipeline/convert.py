@@ -19,7 +19,7 @@ from octavo._core.errors import FormatError, UsageError
 from octavo.formats import CheckpointReader, Format, Quantized, manifest
 from octavo.models import quantized, skeleton
 from octavo.models.source import ModelSource, resolve
-from octavo.pipeline.output import Contents, write_output
+from octavo.pipeline.output import Contents, check_folders, write_output
 from octavo.weight import VQWeight
 
 
@@ -65,14 +65,9 @@ def convert(folder: str | Path, out: str | Path, to: str = "vptq", *, trust_remo
         ResourceError: no space.
     """
     folder, out, form = Path(folder).expanduser(), Path(out), formats.get(to)
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is no folder; wanted one with a quantized model.")
-    if not formats.is_quantized(folder):
-        raise UsageError(f"{folder} holds no quantized model that Octavo reads, so there is nothing to convert.")
+    check_folders(folder, out, "a conversion")
     if os.path.lexists(out):
         raise UsageError(f"{out} is there already; choose a new folder.")
-    if out.resolve().is_relative_to(folder.resolve()):
-        raise UsageError(f"{out} lies inside of {folder}; choose an output elsewhere.")
     if not out.parent.is_dir():
         raise UsageError(f"the folder {out.parent} for the output does not exist; create it first.")
     source = resolve(folder, trust_remote_code=trust_remote_code)
@@ -95,7 +90,7 @@ def rewrite(source: ModelSource, out: Path, work: Path, form: Format) -> Convert
     # The new manifest would vouch for bytes that the old one does not know.
     if (folder / formats.MANIFEST_FILE).is_file() and (found := manifest.problems(folder)):
         raise FormatError("\n".join(found))
-    model = quantized.open_skeleton(folder, trust_remote_code=trust)
+    model = skeleton.build(source)
     ties = skeleton.ties(model)
     converter = _Converter(source, before, form, ties)
     dense = [name for name in skeleton.linear_layers(model) if name not in before.layouts]

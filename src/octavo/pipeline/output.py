@@ -91,6 +91,20 @@ class Contents:
         return added
 
 
+def check_folders(folder: Path, out: Path, what: str) -> None:
+    """Refuse a ``folder`` without a quantized model and an ``out`` inside of it; ``what`` names the job.
+
+    Raises:
+        UsageError: no folder, nothing quantized in it, or an output inside of it.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder; {what} wants one that `octavo quantize` wrote, or one of VPTQ's.")
+    if not formats.is_quantized(folder):
+        raise UsageError(f"{folder} holds no quantized model that Octavo reads; {what} wants one.")
+    if folder.resolve() in out.resolve().parents:
+        raise UsageError(f"{out} lies inside of {folder}; choose an output elsewhere.")
+
+
 def write_output(
     out: Path, work: Path, source: ModelSource, tensors: Iterable[tuple[str, Tensor]], contents: Contents
 ) -> int:

@@ -29,7 +29,7 @@ from octavo.pipeline._student import Student
 from octavo.pipeline._tuning import TuneOptions, Tuning
 from octavo.pipeline.convert import rewrite
 from octavo.pipeline.events import Progress, Reporter, peak_memory
-from octavo.pipeline.output import Contents, write_output
+from octavo.pipeline.output import Contents, check_folders, write_output
 from octavo.pipeline.store import Store, already_there, no_litter, prepare_work
 
 #: Most windows that are used unless more are asked for.
@@ -110,12 +110,7 @@ def tune(
     settings = from_dict(TuneOptions, options, "tune")
     reporter = Reporter(progress)
     out, folder = Path(out), Path(quantized).expanduser()
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is no folder; tuning wants one that `octavo quantize` wrote.")
-    if not formats.is_quantized(folder):
-        raise UsageError(f"{folder} holds no quantized model that Octavo reads, so there is nothing to tune in it.")
-    if out.resolve().is_relative_to(folder.resolve()):
-        raise UsageError(f"{out} lies inside of {folder}; choose an output elsewhere.")
+    check_folders(folder, out, "tuning")
     read = formats.format_of(formats.raw_config(folder), str(folder))
     form = formats.get(format) if format else read
     if form.name != "octavo":

@@ -93,7 +93,6 @@ def quantize(
     if out.exists() and not resumed:
         return None, ["quantized by an earlier run"]
     out.parent.mkdir(parents=True, exist_ok=True)
-    more: dict[str, Any] = {} if tune_blocks is None else {"tune_blocks": tune_blocks}
     report = pipeline.quantize(
         source,
         out,
@@ -109,7 +108,7 @@ def quantize(
         trust_remote_code=texts.trust_remote_code,
         progress=progress,
         stop=stop,
-        **more,
+        tune_blocks=tune_blocks,
     )
     notes = ["quantized in several runs; the seconds are the last one's"] if resumed else []
     return report, [*notes, *report.notes]
