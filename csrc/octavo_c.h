@@ -14,7 +14,7 @@
 #endif
 
 /* Changes whenever a signature below does; the Python side refuses any other number. */
-#define OCTAVO_ABI 2
+#define OCTAVO_ABI 3
 
 #define OCTAVO_OK 0
 #define OCTAVO_BAD_ARGUMENT 1
@@ -52,6 +52,21 @@ OCTAVO_API int octavo_nearest(const float* points, const float* weights, int64_t
  */
 OCTAVO_API int octavo_nearest_tiles(const float* points, int64_t n, int64_t tile_rows, const float* books, int64_t k,
                                     int32_t v, const float* root, int64_t* out, int32_t threads, int32_t isa);
+
+/* Beam search over additive codebooks for the codes of every point that minimise
+ * |(points[i] - sum_s books[s][out[i][s]]) root|^2. After every stage the `beam` best sums of centroids are kept, and
+ * each is extended by all centroids of the next book; of equal ones, those with the lower first code come first, then
+ * the lower second one, and so on.
+ *
+ * points [n][v]; books: `stages` of them one after the other, [sizes[s]][v]; root [v][v] or NULL for the identity;
+ * out [n][stages]; 1 <= v <= 16, 2 <= stages <= 4, 1 <= sizes[s] <= 4096, 1 <= beam <= 65536. The scale of points,
+ * books and root is of no account. A centroid that is not finite is not chosen; a point that is not finite, or more
+ * than 1e30 times as large as all centroids, gets zeros. The result does not depend on `threads`. Holds 4 bytes for
+ * every pair of centroids of different books.
+ */
+OCTAVO_API int octavo_nearest_additive(const float* points, int64_t n, int32_t v, const float* books,
+                                       const int64_t* sizes, int32_t stages, const float* root, int32_t beam,
+                                       int64_t* out, int32_t threads, int32_t isa);
 
 /* Generalised Lloyd for many codebooks at once. Rows [n] of `vectors` vectors each; tile t, the rows
  * [t * tile_rows, ..), fits centroids[t] to minimise sum_i sum_c weights[i][c] |(points[i][c] - q) roots[c]|^2.

@@ -94,7 +94,10 @@ class GPTVQReleased(Algorithm):
             return self.centroids.bit_length() - 1
         return max(int(self.bits), 1) * self._vector_length
 
-    def layout(self, shape: tuple[int, int], bias: bool = False) -> Layout:
+    def candidates(self, shape: tuple[int, int], bias: bool) -> tuple[Layout, ...]:
+        return (self._layout(shape, bias),)
+
+    def _layout(self, shape: tuple[int, int], bias: bool) -> Layout:
         out, inp = shape
         d = self._vector_length
         if inp % d:

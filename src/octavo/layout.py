@@ -10,11 +10,14 @@ from typing import Any, Literal, get_args
 import torch
 
 from octavo._core.errors import FormatError, UsageError, did_you_mean
+from octavo.codebooks import get as get_codebook
 from octavo.math.pack import packed_words
 
 Direction = Literal["row", "column"]
-CodebookDtype = Literal["float16", "bfloat16", "float32", "int8", "int4", "grid"]
+CodebookDtype = Literal["float16", "bfloat16", "float32", "int8", "int4", "grid", "universal"]
 SideDtype = Literal["float16", "bfloat16", "float32"]
+#: Codebooks that store nothing: they are implied, or known by name.
+UNSTORED = ("grid", "universal")
 ChannelNorm = Literal["none", "input", "output"]
 
 DTYPES: dict[str, torch.dtype] = {
@@ -80,6 +83,27 @@ class BlockScale:
 
 
 @dataclass(frozen=True)
+class Transform:
+    """What is stored is the matrix between two block Hadamard transforms with signs: W = U^T M V.
+
+    ``input`` is the block size of V, which acts on the layer's inputs (y = M (V x)), ``output`` that of U, which acts
+    on its outputs; powers of two that divide the features, 0 for none. The signs are stored, a bit per channel. See
+    :mod:`octavo.math.hadamard`.
+    """
+
+    input: int = 0
+    output: int = 0
+
+    def __post_init__(self) -> None:
+        _require_integers("transform", self.input, self.output)
+        for block in (self.input, self.output):
+            _require(
+                block == 0 or (block > 1 and block & (block - 1) == 0), f"transform block {block} is no power of 2"
+            )
+        _require(self.input > 0 or self.output > 0, "a transform of neither side is none")
+
+
+@dataclass(frozen=True)
 class Layout:
     """How a matrix [out_features, in_features] is stored. Immutable, JSON-able, validated.
 
@@ -89,7 +113,8 @@ class Layout:
         direction: ``row``: consecutive inputs of one output (GPTVQ); ``column``: outputs of one input (VPTQ).
         stages: log2 of the codebook size of each additive stage; every bit pattern is a legal index.
         codebook_dtype: stored dtype of the centroids; ``int8`` and ``int4`` have one scale per codebook; ``grid`` is
-            the implied scalar codebook 0, 1, .., 2^b - 1 of uniform quantizers, which stores nothing.
+            the implied scalar codebook 0, 1, .., 2^b - 1 of uniform quantizers, ``universal`` the one of
+            :mod:`octavo.codebooks` that ``codebook`` names; these two store nothing.
         codebook_rank: each codebook is a combination of so many basis codebooks, which all tiles share: coefficients
             [books, rank] in ``codebook_dtype`` times a basis in ``side_dtype``; 0 stores the codebooks themselves.
         side_dtype: stored dtype of all scales and biases.
@@ -100,6 +125,8 @@ class Layout:
         permuted: columns are stored in the order of ``permutation`` (quantized column c is original column perm[c]).
         outliers: leading columns with a codebook of their own, or None.
         bias: the linear layer's bias is stored with the weight.
+        codebook: name of the universal codebook.
+        transform: the orthogonal transforms between which the matrix is stored, or None; undone last.
     """
 
     shape: tuple[int, int]
@@ -116,6 +143,8 @@ class Layout:
     outliers: Outliers | None = None
     bias: bool = False
     codebook_rank: int = 0
+    codebook: str = ""
+    transform: Transform | None = None
 
     def __post_init__(self) -> None:
         v = self.vector_length
@@ -138,17 +167,34 @@ class Layout:
         if self.codebook_dtype == "grid":
             plain = v == 1 and len(self.stages) == 1 and not self.sign_bits and self.tile is None
             _require(plain, "a grid is scalar, with one stage and neither signs nor tiles")
+        self._check_codebook_name()
+        if self.transform is not None:
+            for block, features in ((self.transform.output, self.shape[0]), (self.transform.input, self.shape[1])):
+                _require(block == 0 or features % block == 0, f"transform block {block} does not divide {features}")
         _require_integers("codebook rank", self.codebook_rank)
         if self.codebook_rank:
             _require(0 < self.codebook_rank <= 1 << 16, f"codebook rank wanted 0..65536, got {self.codebook_rank}")
-            low_rank = self.codebook_dtype not in ("grid", "int4") and len(self.stages) == 1
-            _require(low_rank, "a codebook rank needs one stage with a codebook that is neither grid nor int4")
+            low_rank = self.codebook_dtype not in (*UNSTORED, "int4") and len(self.stages) == 1
+            _require(low_rank, "a codebook rank needs one stage with a codebook that is stored, and not as int4")
         if self.outliers is not None:
             _require(self.outliers.columns < self.shape[1], "outliers may not take every column")
         if self.tile is not None:
             _require(len(self.tile) == 2 and min(self.tile) >= 1, f"tile wanted (rows, columns), got {self.tile}")
             along = self.tile[0] if self.direction == "column" else self.tile[1]
             _require(along % v == 0, f"tile {self.tile} cuts vectors of length {v}")
+
+    def _check_codebook_name(self) -> None:
+        _require(isinstance(self.codebook, str), f"codebook wanted a name, got {self.codebook!r}")
+        _require(
+            (self.codebook_dtype == "universal") == bool(self.codebook),
+            "universal codebooks, and only they, have a name",
+        )
+        if self.codebook:
+            book = get_codebook(self.codebook)
+            mine = (self.vector_length, self.stages, self.sign_bits)
+            theirs = (book.vector_length, book.stages, book.sign_bits)
+            _require(mine == theirs, f"{self.codebook} has (vector length, stages, signs) {theirs}, not {mine}")
+            _require(self.tile is None and self.codebook_rank == 0, "a universal codebook has neither tiles nor a rank")
 
     # ---------------------------------------------------------------- geometry
 
@@ -200,7 +246,7 @@ class Layout:
             size = (1 << self.stages[0], self.vector_length)
             spec["codebook_coefficient_0"] = (DTYPES[self.codebook_dtype], (books, self.codebook_rank))
             spec["codebook_basis_0"] = (side, (self.codebook_rank, *size))
-        elif self.codebook_dtype != "grid":
+        elif self.codebook_dtype not in UNSTORED:
             for stage, bits in enumerate(self.stages):
                 size = (books, 1 << bits, self.vector_length)
                 if self.codebook_dtype == "int4":
@@ -224,7 +270,7 @@ class Layout:
             o = self.outliers
             words = packed_words(o.columns, o.bits)
             spec["outlier_indices"] = (torch.int32, (-(-out // o.vector_length), words))
-            dtype = side if self.codebook_dtype in ("int8", "int4", "grid") else DTYPES[self.codebook_dtype]
+            dtype = side if self.codebook_dtype in ("int8", "int4", *UNSTORED) else DTYPES[self.codebook_dtype]
             spec["outlier_codebook"] = (dtype, (1 << o.bits, o.vector_length))
         if self.permuted:
             spec["permutation"] = (torch.int16 if inp <= 1 << 16 else torch.int32, (inp,))
@@ -232,6 +278,9 @@ class Layout:
             length = inp if self.channel_norm == "input" else out
             spec["channel_scale"] = (side, (length,))
             spec["channel_offset"] = (side, (length,))
+        if self.transform is not None:
+            sides = (("input_signs", self.transform.input, inp), ("output_signs", self.transform.output, out))
+            spec |= {name: (torch.int32, (1, packed_words(n, 1))) for name, block, n in sides if block}
         if self.bias:
             spec["bias"] = (side, (out,))
         return spec
@@ -276,6 +325,8 @@ class Layout:
                 data["outliers"] = Outliers(**data["outliers"])
             if data.get("block_scale") is not None:
                 data["block_scale"] = BlockScale(**data["block_scale"])
+            if data.get("transform") is not None:
+                data["transform"] = Transform(**data["transform"])
             return cls(**data)
         except (UsageError, TypeError) as error:
             raise FormatError(f"{where}: {error}") from error

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from octavo._core.errors import FormatError
-from octavo.layout import CodebookDtype, Direction, Layout
+from octavo.codebooks import get as get_codebook
+from octavo.layout import UNSTORED, CodebookDtype, Direction, Layout
+from octavo.math import hadamard
 from octavo.math.pack import unpack
 from octavo.stored import (
     decode_codebooks,
@@ -71,7 +73,7 @@ class VQWeight:
         Decodes to the same values; :meth:`rounded` is the way back.
         """
         layout = self.layout
-        book: CodebookDtype = "grid" if layout.codebook_dtype == "grid" else "float32"
+        book: CodebookDtype = layout.codebook_dtype if layout.codebook_dtype in UNSTORED else "float32"
         free = replace(layout, codebook_dtype=book, side_dtype="float32")
         tensors = {}
         for name in free.tensors():
@@ -150,6 +152,8 @@ class VQWeight:
     def codebook(self, stage: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Centroids [books, 2^bits, vector_length] of one stage as numbers."""
         layout = self.layout
+        if layout.codebook:
+            return get_codebook(layout.codebook).centroids(stage, dtype).to(self.device).unsqueeze(0)
         if layout.codebook_dtype == "grid":
             return torch.arange(1 << layout.stages[stage], dtype=dtype, device=self.device).view(1, -1, 1)
         return decode_codebooks(layout, stage, self.tensors, dtype)
@@ -171,7 +175,7 @@ class VQWeight:
         """Decode to a dense [out_features, in_features] matrix; every step is done, and rounded, in ``dtype``.
 
         The order of the steps is that of the VPTQ format: sum of stages, signs, block scales, outlier columns,
-        permutation, channel scale, channel offset.
+        permutation, channel scale, channel offset; then come the transforms, in float32 at least.
         """
         layout = self.layout
         out, inp = layout.shape
@@ -201,7 +205,24 @@ class VQWeight:
             shape = (1, inp) if layout.channel_norm == "input" else (out, 1)
             main = main * self.tensors["channel_scale"].to(dtype).view(shape)
             main = main + self.tensors["channel_offset"].to(dtype).view(shape)
+        if layout.transform is not None:
+            main = self._undo_transform(main)
         return main.contiguous()
+
+    def _undo_transform(self, main: Tensor) -> Tensor:
+        """U^T M V."""
+        transform, dtype = self.layout.transform, main.dtype
+        assert transform is not None
+        wide = torch.promote_types(dtype, torch.float32)
+        main = main.to(wide)
+        if transform.input:
+            main = hadamard.inverse(main, self._signs("input_signs", main.shape[1], wide), transform.input)
+        if transform.output:
+            main = hadamard.inverse(main.T, self._signs("output_signs", main.shape[0], wide), transform.output).T
+        return main.to(dtype)
+
+    def _signs(self, name: str, channels: int, dtype: torch.dtype) -> Tensor:
+        return hadamard.unpack_signs(self.tensors[name], channels, dtype)
 
     @staticmethod
     def _assemble(vectors: Tensor, direction: Direction) -> Tensor:

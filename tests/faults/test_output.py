@@ -15,7 +15,7 @@ import pytest
 
 from faults.jobs import digests, gptq, make_quick, run, with_config
 from octavo import formats
-from octavo._core.errors import UsageError
+from octavo._core.errors import Interrupted, UsageError
 from octavo.models.adapter import CausalModel
 from octavo.pipeline import Event
 from octavo.pipeline import run as pipeline_run
@@ -106,7 +106,7 @@ def test_a_foreign_output_beside_an_unfinished_job_is_refused_before_more_work(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
     """Fault 45."""
-    with pytest.raises(pipeline_run.Interrupted):
+    with pytest.raises(Interrupted):
         run(tiny_llama, tmp_path / "out", stop=lambda: True)
     _folder_with_a_file(tmp_path / "out")
     events: list[Event] = []

@@ -89,12 +89,12 @@ def test_statistics_in_several_batches_are_those_of_one(
     tiny_llama: Path, tiny_text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Faults 7 and 42: how much is done at a time is no setting of the result."""
-    from octavo.pipeline import run as pipeline_run
+    from octavo.pipeline import _blocks
 
     hessians = []
     for tokens in (4096, 32):
         spy = Spy(monkeypatch)
-        monkeypatch.setattr(pipeline_run, "_BATCH_TOKENS", tokens)
+        monkeypatch.setattr(_blocks, "_BATCH_TOKENS", tokens)
         run(tiny_llama, tmp_path / str(tokens), gptq(tiny_text_file, samples=6, ctx=16))
         assert len(spy.calls[0][0]) == (1 if tokens == 4096 else 3)
         hessians.append(spy.results[0].hessians["mlp.down_proj"].matrix())

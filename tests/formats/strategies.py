@@ -8,7 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from octavo.layout import BlockScale, Layout, Outliers
+from octavo import codebooks
+from octavo.layout import BlockScale, Layout, Outliers, Transform
 from octavo.weight import VQWeight
 
 FLOATS = ("float16", "bfloat16", "float32")
@@ -18,18 +19,23 @@ FLOATS = ("float16", "bfloat16", "float32")
 def layouts(draw: st.DrawFn, max_features: int = 40) -> Layout:
     """Any legal layout of a small matrix, odd sizes and vectors longer than the matrix included."""
     out, inp = (draw(st.integers(1, max_features)) for _ in range(2))
-    book = draw(st.sampled_from((*FLOATS, "int8", "int4", "grid")))
-    grid = book == "grid"
-    v = 1 if grid else draw(st.integers(1, 16))
-    stages = (draw(st.integers(1, 10)),) if grid else tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
-    rank = draw(st.integers(0, 4)) if book not in ("grid", "int4") and len(stages) == 1 else 0
-    signs = not grid and sum(stages) + v <= 32 and draw(st.booleans())
+    book = draw(st.sampled_from((*FLOATS, "int8", "int4", "grid", "universal")))
+    grid, name = book == "grid", ""
+    if book == "universal":
+        name = draw(st.sampled_from(codebooks.names()))
+        v, stages, signs = codebooks.parse(name)
+    else:
+        v = 1 if grid else draw(st.integers(1, 16))
+        longest, most = (10, 1) if grid else (6, 3)
+        stages = tuple(draw(st.lists(st.integers(1, longest), min_size=1, max_size=most)))
+        signs = not grid and sum(stages) + v <= 32 and draw(st.booleans())
+    rank = draw(st.integers(0, 4)) if book not in ("grid", "int4", "universal") and len(stages) == 1 else 0
     direction = draw(st.sampled_from(("row", "column")))
     outliers = None
     if inp > 1 and draw(st.booleans()):
         outliers = Outliers(draw(st.integers(1, inp - 1)), draw(st.integers(1, 16)), draw(st.integers(1, 6)))
     tile = None
-    if not grid and draw(st.booleans()):
+    if not grid and not name and draw(st.booleans()):
         sizes = [draw(st.integers(1, max_features)) for _ in range(2)]
         along = 0 if direction == "column" else 1
         sizes[along] = v * draw(st.integers(1, 4))
@@ -38,6 +44,7 @@ def layouts(draw: st.DrawFn, max_features: int = 40) -> Layout:
     if draw(st.booleans()):
         log2_bits = draw(st.one_of(st.just(0), st.integers(1, 8)))
         block = BlockScale(draw(st.integers(1, inp)), draw(st.integers(0, 16)), log2_bits)
+    blocks = [draw(st.sampled_from([0, *_blocks(features)])) for features in (inp, out)]
     return Layout(
         shape=(out, inp),
         vector_length=v,
@@ -53,7 +60,14 @@ def layouts(draw: st.DrawFn, max_features: int = 40) -> Layout:
         outliers=outliers,
         bias=draw(st.booleans()),
         codebook_rank=rank,
+        codebook=name,
+        transform=Transform(*blocks) if any(blocks) else None,
     )
+
+
+def _blocks(features: int) -> list[int]:
+    """The powers of two above 1 that divide the features."""
+    return [1 << e for e in range(1, features.bit_length()) if features % (1 << e) == 0]
 
 
 def random_weight(layout: Layout, seed: int = 0, scale: float = 1.0) -> VQWeight:

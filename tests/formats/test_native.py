@@ -161,7 +161,10 @@ def test_other_format_versions_are_refused_naming_both(folder: Path, version: An
         (lambda q: q["layouts"][0].update(stages=[]), "at least one codebook stage"),
         (lambda q: q["layouts"][0].update(codebook_rank=2), "codebook rank needs one stage"),
         (lambda q: q["layouts"][0].update(codebook_rank=-1), "codebook rank wanted 0..65536, got -1"),
-        (lambda q: q["layouts"][1].update(codebook_rank=1, codebook_dtype="int4"), "neither grid nor int4"),
+        (
+            lambda q: q["layouts"][1].update(codebook_rank=1, codebook_dtype="int4"),
+            "a codebook that is stored, and not as int4",
+        ),
         (lambda q: q["layouts"][0].update(codebook_dtype="int2"), "unknown codebook dtype 'int2'"),
         (lambda q: q["layouts"][0].update(block_scale={"columns": 4, "log2_bits": 9}), "log2 scale bits wanted 0..8"),
         (lambda q: q["layouts"][0].pop("stages"), "layout 0"),

@@ -84,7 +84,7 @@ def test_convert_says_that_it_has_rounded(
     capsys: pytest.CaptureFixture[str], original: Path, text: Path, tmp_path: Path
 ) -> None:
     settings = ("vector_length=4", "centroids=256", "residual_centroids=0", "iterations=1", "sweeps=0")
-    arguments = ["--samples", "2", "--ctx", "16", "--calib", text, "--quiet", "--skip", "mlp"]
+    arguments = ["--method", "vptq", "--samples", "2", "--ctx", "16", "--calib", text, "--quiet", "--skip", "mlp"]
     arguments += [part for setting in settings for part in ("--set", setting)]
     assert call(capsys, "quantize", original, tmp_path / "own", *arguments)[0] == 0
     code, out, _ = call(capsys, "convert", tmp_path / "own", tmp_path / "out")

@@ -5,15 +5,20 @@ It is written from the description of the layout alone and shares no code with t
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 #: name -> (dtype name, shape, little-endian bytes)
 Raw = Mapping[str, tuple[str, tuple[int, ...], bytes]]
-_NUMPY = {"float16": "<f2", "float32": "<f4", "int8": "<i1", "int16": "<i2", "int32": "<i4"}
+_NUMPY = {"float16": "<f2", "float32": "<f4", "int8": "<i1", "int16": "<i2", "int32": "<i4", "float64": "<f8"}
+_SAFETENSORS = {"I8": "int8", "F32": "float32", "F64": "float64"}
 
 
 def numbers(dtype: str, shape: tuple[int, ...], data: bytes) -> np.ndarray:
@@ -36,6 +41,36 @@ class BitRows:
         start = column * bits
         touched = self._rows[row][start // 8 : (start + bits + 7) // 8]
         return (int.from_bytes(touched, "little") >> start % 8) & ((1 << bits) - 1)
+
+
+@cache
+def universal(name: str) -> list[np.ndarray]:
+    """Centroids [k, v] of every stage of a universal codebook, from the file that the package ships."""
+    spec = find_spec("octavo")
+    assert spec is not None
+    assert spec.origin is not None
+    data = (Path(spec.origin).parent / "codebooks" / f"{name}.safetensors").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    value = {}
+    for key, entry in json.loads(data[8:start]).items():
+        if key != "__metadata__":
+            first, last = (start + offset for offset in entry["data_offsets"])
+            value[key] = numbers(_SAFETENSORS[entry["dtype"]], tuple(entry["shape"]), data[first:last])
+    return [value[f"table{stage}"] * scale for stage, scale in enumerate(value["scales"])]
+
+
+def hadamard(block: int) -> np.ndarray:
+    """The orthonormal Hadamard matrix: entry (i, j) is negative where i & j has an odd number of ones."""
+    rows = [[(-1) ** (i & j).bit_count() for j in range(block)] for i in range(block)]
+    return np.array(rows) / block**0.5
+
+
+def turned(rows: np.ndarray, block: int, signs: BitRows) -> np.ndarray:
+    """Every row y of a matrix as diag(s) H y, for a block-diagonal H and signs s that are minus where bits are set."""
+    channels = rows.shape[1]
+    dense = np.kron(np.eye(channels // block), hadamard(block))
+    minus = [signs.get(0, channel, 1) for channel in range(channels)]
+    return rows @ dense.T * (1 - 2 * np.array(minus))
 
 
 def decode(layout: Mapping[str, Any], raw: Raw) -> np.ndarray:
@@ -61,6 +96,8 @@ def decode(layout: Mapping[str, Any], raw: Raw) -> np.ndarray:
     def centroid(stage: int, book: int, index: int, inside: int) -> float:
         if kind == "grid":
             return index
+        if kind == "universal":
+            return universal(layout["codebook"])[stage][index, inside]
         if rank:
             coefficients, basis = value["codebook_coefficient_0"][book], value["codebook_basis_0"]
             return sum(coefficients[r] * basis[r, index, inside] for r in range(rank))
@@ -120,4 +157,9 @@ def decode(layout: Mapping[str, Any], raw: Raw) -> np.ndarray:
                 channel = column if norm == "input" else row
                 element = element * value["channel_scale"][channel] + value["channel_offset"][channel]
             dense[row, column] = element
+    transform = layout.get("transform") or {}
+    if transform.get("input", 0):
+        dense = turned(dense, transform["input"], stream["input_signs"])
+    if transform.get("output", 0):
+        dense = turned(dense.T, transform["output"], stream["output_signs"]).T
     return dense

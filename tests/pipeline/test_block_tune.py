@@ -42,15 +42,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def settings(method: str, text: Path) -> dict[str, Any]:
     """A job at about 2 bits."""
     given = {"rtn": RTN | {"calib": text}, "gptq": gptq(text), "vptq": vptq(text)}.get(method, vptq(text))
-    options = {} if method == "gptvq" else given["options"]
-    return (
-        given
-        | {"method": method, "bits": 2.5 if "vq" in method or method == "vptq" else 2, "options": options}
-        | {
-            "samples": SAMPLES,
-            "ctx": CTX,
-        }
-    )
+    options = {"gptvq": {}, "universal": {"sweeps": 0, "beam": 4}}.get(method, given["options"])
+    bits = 2 if method in ("rtn", "gptq") else 2.5
+    return given | {"method": method, "bits": bits, "options": options, "samples": SAMPLES, "ctx": CTX}
 
 
 @pytest.fixture(scope="module")

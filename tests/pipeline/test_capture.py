@@ -198,6 +198,52 @@ def test_hooks_are_gone_after_an_error() -> None:
         collect(block, ["one"], [torch.ones(1, 2, 4)], [], [])
 
 
+# -------------------------------------------------------------------------------------------------- token weights
+
+
+def test_weights_are_those_of_the_tokens_over_all_batches() -> None:
+    x, s = torch.randn(3, 5, 4), torch.rand(15)
+    captured = run(Block(lambda b, x: b.one(x) + b.two(x)), x[:1], x[1:], weights={"two": s})
+    rows = x.reshape(-1, 4)
+    torch.testing.assert_close(captured.hessians["two"].matrix(), (s[:, None] * rows).T @ rows / 15)
+    torch.testing.assert_close(captured.hessians["one"].matrix(), rows.T @ rows / 15)
+    assert captured.hessians["one"].tokens == captured.hessians["two"].tokens == 15
+
+
+def test_layers_with_weights_share_with_no_other() -> None:
+    x, block = torch.randn(1, 6, 4), Block(lambda b, x: b.one(x) + b.two(x))
+    s, t = torch.rand(6), torch.rand(6)
+    both = run(block, x, weights={"one": s, "two": t}).hessians
+    assert both["one"] is not both["two"]
+    for name, mine in (("one", s), ("two", t)):
+        alone = run(block, x, weights={name: mine}).hessians
+        assert torch.equal(alone[name].matrix(), both[name].matrix())
+    shared = run(block, x, weights={"another": s}).hessians
+    assert shared["one"] is shared["two"]
+
+
+def test_padding_has_no_weight() -> None:
+    x, s = torch.randn(2, 3, 4), torch.rand(4)
+    mask: list[Tensor | None] = [torch.tensor([[1, 1, 0], [1, 1, 0]])]
+    captured = run(Block(lambda b, x: b.one(x) + b.two(x)), x, mask=mask, weights={"one": s})
+    rows = x[:, :2].reshape(-1, 4)
+    torch.testing.assert_close(captured.hessians["one"].matrix(), (s[:, None] * rows).T @ rows / 4)
+
+
+def test_rows_and_weights_that_differ_in_number_are_refused() -> None:
+    x = torch.randn(1, 6, 4)
+    often = Block(lambda b, x: b.one(b.one(x)) + b.two(x))
+    with pytest.raises(UsageError, match=r"b\.one reads more rows than there are token weights \(6\)"):
+        run(often, x, weights={"one": torch.ones(6)})
+    # An expert that does not see every token: nobody knows whose weights its rows have.
+    few = Block(lambda b, x: b.one(x[:, :4]).sum() + b.two(x))
+    with pytest.raises(UsageError, match=r"b\.one reads 4 rows, but there are 6 token weights"):
+        run(few, x, weights={"one": torch.ones(6)})
+    assert not few.one._forward_pre_hooks
+    unused = Block(lambda b, x: b.two(x))
+    assert run(unused, x, weights={"one": torch.ones(6)}, allow_unused=True).unused == ("one",)
+
+
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "phi3", "qwen3", "mistral"])
 def test_every_target_of_every_block_collects(tiny_model: Tiny, name: str) -> None:
     for index in range(2):

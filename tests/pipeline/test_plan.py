@@ -160,7 +160,7 @@ def test_a_plan_of_nothing_is_refused(tiny_llama: Path) -> None:
         ({"bits": 99}, "bits wanted 0.5..16"),
         ({"method": "gptq", "bits": 2.5}, "whole number"),
         ({"method": "gptk"}, "Did you mean 'gptq'"),
-        ({"options": {"vectorlength": 4}}, "Did you mean 'vector_length'"),
+        ({"method": "vptq", "options": {"vectorlength": 4}}, "Did you mean 'vector_length'"),
         ({"options": {"bits": 4}}, "'bits' has a parameter of its own"),
         ({"side_dtype": "int4"}, "side_dtype wanted float16"),
         ({"skip": ["mlp.dwn_proj"]}, "matches no module .* Did you mean 'mlp.down_proj'"),

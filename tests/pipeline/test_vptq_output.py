@@ -132,7 +132,7 @@ def test_what_the_package_cannot_read_is_refused_before_work(
     reason: str,
 ) -> None:
     monkeypatch.setattr(
-        import_module("octavo.pipeline.run")._Job, "run_blocks", lambda *_: pytest.fail("work was begun")
+        import_module("octavo.pipeline._blocks").BlockWalk, "run_blocks", lambda *_: pytest.fail("work was begun")
     )
     with pytest.raises(UsageError, match=f"the vptq format cannot hold these matrices:(.|\n)*{reason}"):
         run(wide(), tmp_path / "out", job(tiny_text_file, **changes))

@@ -26,8 +26,8 @@ TUNE: dict[str, Any] = {
 
 def job(text: Path, **changes: Any) -> dict[str, Any]:
     """A job that writes VPTQ's format."""
-    settings = {"bits": 2.5, "calib": text, "samples": 4, "ctx": 16, "options": OPTIONS, "format": "vptq", "skip": SKIP}
-    return settings | changes
+    settings = {"method": "vptq", "bits": 2.5, "calib": text, "samples": 4, "ctx": 16, "options": OPTIONS}
+    return {**settings, "format": "vptq", "skip": SKIP, **changes}
 
 
 def config_of(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from octavo.math.hessian import (
     DAMPING_LADDER,
     HessianAccumulator,
     check_finite,
+    damped,
     dead_columns,
     exact_float32,
     factorize,
@@ -56,6 +57,43 @@ def test_half_precision_inputs_are_summed_in_float32(x: Tensor, dtype: torch.dty
     assert accumulator.matrix().dtype == torch.float32
     exact = rounded.double()
     torch.testing.assert_close(accumulator.matrix().double(), exact.T @ exact / 500, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_weights_multiply_the_outer_products_of_their_tokens(x: Tensor, dtype: torch.dtype) -> None:
+    weights = torch.rand(500) ** 3
+    weights[:7] = 0
+    accumulator = HessianAccumulator(48)
+    for rows, part in zip(x.to(dtype).split([3, 450, 0, 47]), weights.split([3, 450, 0, 47]), strict=True):
+        accumulator.add(rows, part.to(dtype if dtype == torch.float64 else torch.float32))
+    exact = x.to(dtype).double()
+    wanted = (weights.double().unsqueeze(1) * exact).T @ exact / 500
+    torch.testing.assert_close(accumulator.matrix().double(), wanted, rtol=1e-5, atol=1e-6)
+    # Tokens without weight are tokens: H is a mean over all of them.
+    assert accumulator.tokens == 500
+
+
+def test_weights_of_one_are_none(x: Tensor) -> None:
+    plain, weighted = HessianAccumulator(48), HessianAccumulator(48)
+    before = x.clone()
+    plain.add(x)
+    weighted.add(x, torch.ones(500))
+    assert torch.equal(plain.matrix(), weighted.matrix())
+    weighted.add(x, torch.full((500,), 4.0))
+    torch.testing.assert_close(weighted.matrix(), 2.5 * plain.matrix())
+    assert torch.equal(x, before)
+
+
+def test_rows_that_are_not_finite_are_left_out_with_their_weights(x: Tensor) -> None:
+    weights, bad = torch.rand(500), x.clone()
+    bad[3, 0], bad[40, 5] = torch.nan, torch.inf
+    keep = torch.ones(500, dtype=torch.bool)
+    keep[[3, 40]] = False
+    accumulator, clean = HessianAccumulator(48), HessianAccumulator(48)
+    accumulator.add(bad, weights)
+    clean.add(x[keep], weights[keep])
+    assert (accumulator.tokens, accumulator.bad_tokens) == (498, 2)
+    torch.testing.assert_close(accumulator.matrix(), clean.matrix())
 
 
 def test_rows_with_nan_or_infinity_are_left_out_and_counted(x: Tensor) -> None:
@@ -125,12 +163,26 @@ def test_the_factor_squares_to_the_inverse_of_the_damped_hessian(name: str) -> N
     hessian = family(name).hessian
     got, damping = _inverse_from_factor(hessian)
     assert damping == DAMPING_LADDER[0]
-    damped = oracle.damped(hessian, damping)
-    wanted = np.linalg.inv(damped)
+    exact = oracle.damped(hessian, damping)
+    wanted = np.linalg.inv(exact)
     # In units of sqrt(Hinv_ii Hinv_jj) the damped matrix has the condition number that bounds the loss of digits.
     size = np.sqrt(np.outer(np.diag(wanted), np.diag(wanted)))
     error = np.abs((got - wanted) / size).max()
-    assert error <= 1e-6 + 1e-7 * np.linalg.cond(damped * size), f"{error:.2e}"
+    assert error <= 1e-6 + 1e-7 * np.linalg.cond(exact * size), f"{error:.2e}"
+
+
+@pytest.mark.parametrize("damping", [0.01, 0.3])
+@pytest.mark.parametrize("name", _USABLE)
+def test_damping_is_that_of_the_textbook_and_changes_no_input(name: str, damping: float) -> None:
+    hessian = torch.from_numpy(family(name).hessian)
+    skew = torch.randn(hessian.shape) * hessian.diagonal().mean()
+    crooked = hessian + (skew - skew.T)
+    before = crooked.clone()
+    got = damped(crooked, damping)
+    wanted = oracle.damped(family(name).hessian, damping)
+    np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+    assert torch.equal(crooked, before)
+    assert torch.equal(got, got.T)
 
 
 def test_the_feedback_factor_is_unit_upper_triangular_with_positive_variances() -> None:
@@ -142,14 +194,14 @@ def test_the_feedback_factor_is_unit_upper_triangular_with_positive_variances() 
 
 def test_variance_is_the_inverse_weight_of_a_columns_error() -> None:
     hessian = family("well_conditioned").hessian
-    damped = oracle.damped(hessian)
+    exact = oracle.damped(hessian)
     factor = factorize(torch.from_numpy(hessian))
     # 1 / U_jj^2 is what an error in column j costs once the columns after it have absorbed what they can:
     # the Schur complement H_jj - H_jF H_FF^-1 H_Fj.
     for j in (0, 100, 254, 255):
         rest = slice(j + 1, None)
-        absorbed = damped[j, rest] @ np.linalg.solve(damped[rest, rest], damped[rest, j]) if j < 255 else 0.0
-        assert 1 / float(factor.variance[j]) == pytest.approx(damped[j, j] - absorbed, rel=1e-4)
+        absorbed = exact[j, rest] @ np.linalg.solve(exact[rest, rest], exact[rest, j]) if j < 255 else 0.0
+        assert 1 / float(factor.variance[j]) == pytest.approx(exact[j, j] - absorbed, rel=1e-4)
 
 
 def test_powers_of_two_in_the_hessian_do_not_change_the_feedback() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from formats.strategies import layouts, random_weight
 from octavo._core.errors import FormatError, UsageError
 from octavo.cli._layouts import in_words
-from octavo.layout import BlockScale, Layout, Outliers
+from octavo.layout import BlockScale, Layout, Outliers, Transform
 
 _FULL = Layout(
     shape=(30, 50),
@@ -29,6 +30,9 @@ _FULL = Layout(
     outliers=Outliers(4, 2, 6),
     bias=True,
 )
+
+_NAME = "gaussian-v8-k256-256"
+_UNIVERSAL: dict[str, Any] = {"vector_length": 8, "stages": (8, 8), "codebook_dtype": "universal", "codebook": _NAME}
 
 
 def _plain(**changes: Any) -> Layout:
@@ -69,14 +73,25 @@ def _plain(**changes: Any) -> Layout:
         ({"codebook_rank": 2.0}, "codebook rank wanted integers"),
         ({"codebook_rank": True}, "codebook rank wanted integers"),
         ({"codebook_rank": 2, "stages": (3, 3)}, "a codebook rank needs one stage"),
-        ({"codebook_rank": 2, "codebook_dtype": "int4"}, "neither grid nor int4"),
-        ({"codebook_rank": 2, "codebook_dtype": "grid", "vector_length": 1}, "neither grid nor int4"),
+        ({"codebook_rank": 2, "codebook_dtype": "int4"}, "a codebook that is stored, and not as int4"),
+        ({"codebook_rank": 2, "codebook_dtype": "grid", "vector_length": 1}, "a codebook that is stored"),
         ({"outliers": Outliers(12, 4, 8)}, "every column"),
         ({"tile": (8,)}, "tile wanted"),
         ({"tile": (0, 4)}, "tile wanted"),
         ({"tile": (8, 4.0)}, "tile wanted integers"),
         ({"tile": (6, 4)}, "cuts vectors of length 4"),
         ({"tile": (4, 6), "direction": "row"}, "cuts vectors of length 4"),
+        ({"codebook": _NAME}, "universal codebooks, and only they, have a name"),
+        ({"codebook_dtype": "universal"}, "universal codebooks, and only they, have a name"),
+        ({"codebook": None}, "codebook wanted a name, got None"),
+        ({"codebook": 8}, "codebook wanted a name, got 8"),
+        ({**_UNIVERSAL, "vector_length": 4}, rf"{_NAME} has .* \(8, \(8, 8\), False\), not \(4, \(8, 8\), False\)"),
+        ({**_UNIVERSAL, "stages": (8,)}, rf"{_NAME} has .*, not \(8, \(8,\), False\)"),
+        ({**_UNIVERSAL, "sign_bits": True}, rf"{_NAME} has .*, not \(8, \(8, 8\), True\)"),
+        ({**_UNIVERSAL, "tile": (8, 8)}, "a universal codebook has neither tiles nor a rank"),
+        ({"transform": Transform(input=8)}, "transform block 8 does not divide 12"),
+        ({"transform": Transform(output=16)}, "transform block 16 does not divide 8"),
+        ({"transform": Transform(4, 1 << 70)}, f"transform block {1 << 70} does not divide 8"),
     ],
 )
 def test_every_rule_of_a_layout_has_its_own_refusal(changes: dict[str, Any], message: str) -> None:
@@ -100,9 +115,15 @@ def test_every_rule_of_a_layout_has_its_own_refusal(changes: dict[str, Any], mes
         (lambda: BlockScale(8, 0, -1), r"log2 scale bits wanted 0\.\.8, got -1"),
         (lambda: BlockScale(8, 0, 9), r"log2 scale bits wanted 0\.\.8, got 9"),
         (lambda: BlockScale(8, log2_bits=4.0), "wanted integers"),  # type: ignore[arg-type]
+        (Transform, "a transform of neither side is none"),
+        (lambda: Transform(12), "transform block 12 is no power of 2"),
+        (lambda: Transform(4, 1), "transform block 1 is no power of 2"),
+        (lambda: Transform(4, -4), "transform block -4 is no power of 2"),
+        (lambda: Transform(4.0), "wanted integers"),  # type: ignore[arg-type]
+        (lambda: Transform(True, 4), "wanted integers"),
     ],
 )
-def test_outliers_and_block_scales_are_validated(build: Any, message: str) -> None:
+def test_outliers_block_scales_and_transforms_are_validated(build: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         build()
 
@@ -156,6 +177,22 @@ def test_only_what_differs_from_the_defaults_is_written() -> None:
         ({"sign_bits": "no"}, "sign_bits"),
         ({"permuted": 1}, "permuted"),
         ({"bias": "false"}, "bias"),
+        (
+            {**_UNIVERSAL, "codebook": "gaussian-v8-k256-255"},
+            "'gaussian-v8-k256-255' is unknown.*Did you mean.*upgrade",
+        ),
+        ({**_UNIVERSAL, "codebook": "../../x"}, "'../../x' is unknown"),
+        ({**_UNIVERSAL, "codebook": [_NAME]}, "codebook wanted a name"),
+        ({**_UNIVERSAL, "codebook": {"name": _NAME}}, "codebook wanted a name"),
+        ({**_UNIVERSAL, "codebook": 1e300}, "codebook wanted a name"),
+        ({"codebook": None}, "codebook wanted a name"),
+        ({"transform": 4}, "module 7"),
+        ({"transform": [4, 0]}, "module 7"),
+        ({"transform": {}}, "neither side"),
+        ({"transform": {"input": 8}}, "transform block 8 does not divide 12"),
+        ({"transform": {"input": 4, "output": 1 << 62}}, f"transform block {1 << 62} does not divide 8"),
+        ({"transform": {"input": "4"}}, "integers"),
+        ({"transform": {"input": 4, "both": 4}}, "both"),
     ],
 )
 def test_json_that_is_no_layout_is_refused_with_its_place(changes: dict[str, Any], message: str) -> None:
@@ -169,7 +206,7 @@ def test_keys_that_older_readers_do_not_know_are_written_only_where_they_are_nee
     log2 = _plain(block_scale=BlockScale(6, 0, 4), codebook_rank=2).to_dict()
     assert log2["block_scale"] == {"columns": 6, "zero_bits": 0, "log2_bits": 4}
     assert log2["codebook_rank"] == 2
-    assert "codebook_rank" not in _plain().to_dict()
+    assert not {"codebook_rank", "codebook", "transform"} & _plain().to_dict().keys()
 
 
 def test_missing_keys_are_refused() -> None:
@@ -258,6 +295,25 @@ def test_log2_scales_are_counted_as_codes_and_two_numbers_per_block() -> None:
     assert layout.bits() == sum(parts.values())
 
 
+def test_universal_codebooks_and_transforms_are_counted_as_scales_and_signs() -> None:
+    # 30 rows of 7 vectors of 16 bits: 4 words. 30 codes of 8 bits: 8 words. 50 and 30 signs: 2 words and 1 word.
+    parts = {
+        "indices": 30 * 4 * 32,
+        "block_scale_code": 8 * 32,
+        "block_scale_low": 16,
+        "block_scale_step": 16,
+        "input_signs": 2 * 32,
+        "output_signs": 32,
+    }
+    layout = Layout(
+        (30, 50), direction="row", block_scale=BlockScale(50, 0, 8), transform=Transform(2, 2), **_UNIVERSAL
+    )
+    assert _bits(layout) == parts
+    assert layout.bits() == sum(parts.values())
+    assert "output_signs" not in replace(layout, transform=Transform(2)).tensors()
+    assert "input_signs" not in replace(layout, transform=Transform(0, 2)).tensors()
+
+
 def test_grids_store_no_codebook() -> None:
     layout = _plain(codebook_dtype="grid", vector_length=1, block_scale=BlockScale(4))
     assert set(layout.tensors()) == {"indices", "block_scale"}
@@ -285,6 +341,11 @@ def test_grids_store_no_codebook() -> None:
         (
             Layout((64, 96), 1, (4,), codebook_dtype="grid", block_scale=BlockScale(32, 4, 5)),
             "uniform grid of 16 levels, 5-bit log2 scale and 4-bit zero per 32 columns",
+        ),
+        (
+            Layout((64, 96), direction="row", transform=Transform(32, 64), **_UNIVERSAL),
+            f"vectors of 8 inputs, 256 + 256 centroids ({_NAME}), Hadamard of inputs in blocks of 32 and outputs in "
+            "blocks of 64",
         ),
     ],
 )

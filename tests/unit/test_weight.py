@@ -11,9 +11,11 @@ from torch import Tensor
 
 from formats.strategies import layouts, random_weight
 from octavo._core.errors import FormatError, NumericalError
-from octavo.layout import BlockScale, Layout, Outliers
+from octavo.layout import BlockScale, Layout, Outliers, Transform
+from octavo.math.hadamard import unpack_signs
 from octavo.stored import to_stored
 from octavo.weight import VQWeight
+from oracle import universal as oracle
 
 _FULL = Layout(
     shape=(30, 50),
@@ -51,6 +53,17 @@ _INT4 = Layout(
     block_scale=BlockScale(5, 0, 2),
     channel_norm="output",
 )
+_TRANSFORMED = Layout(
+    shape=(12, 20),
+    vector_length=8,
+    stages=(8, 8),
+    direction="row",
+    codebook_dtype="universal",
+    block_scale=BlockScale(8, 0, 3),
+    channel_norm="output",
+    codebook="gaussian-v8-k256-256",
+    transform=Transform(4, 2),
+)
 
 
 # ---------------------------------------------------------------- contents
@@ -79,7 +92,7 @@ def test_tensors_that_do_not_match_the_layout_are_refused(changes: dict[str, Ten
         VQWeight(_FULL, _tensors(_FULL, **changes))
 
 
-@pytest.mark.parametrize("layout", [_LOW_RANK, _INT4])
+@pytest.mark.parametrize("layout", [_LOW_RANK, _INT4, _TRANSFORMED])
 def test_every_tensor_of_the_newer_options_must_have_its_shape_and_dtype(layout: Layout) -> None:
     for name, tensor in random_weight(layout).tensors.items():
         for wrong in (tensor[1:], tensor.unsqueeze(0), tensor.to(torch.float64)):
@@ -165,6 +178,26 @@ def test_a_value_beyond_the_stored_dtype_is_refused_with_name_and_size() -> None
         to_stored(torch.tensor([torch.nan]), torch.float32, "bias")
 
 
+# ---------------------------------------------------------------- transforms
+
+
+@pytest.mark.parametrize("transform", [Transform(4), Transform(0, 4), Transform(2, 4)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_transforms_are_undone_in_float32_at_least_and_rounded_once(transform: Transform, dtype: torch.dtype) -> None:
+    weight = random_weight(replace(_TRANSFORMED, transform=transform))
+    bare = {name: tensor for name, tensor in weight.tensors.items() if not name.endswith("signs")}
+    inner = VQWeight(replace(_TRANSFORMED, transform=None), bare).dequantize(dtype)
+    input_side, output_side = (
+        torch.from_numpy(oracle.transform(n, block, unpack_signs(weight.tensors[name], n).numpy() if block else None))
+        for name, n, block in (("input_signs", 20, transform.input), ("output_signs", 12, transform.output))
+    )
+    wanted = output_side.T @ inner.double() @ input_side
+    got = weight.dequantize(dtype)
+    assert got.dtype == dtype
+    rounding = torch.finfo(dtype).eps / 2 + torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    assert bool(((got.double() - wanted).abs() <= rounding * wanted.abs() + 1e-6 * inner.double().abs().max()).all())
+
+
 # ---------------------------------------------------------------- relaxing and rounding
 
 
@@ -179,8 +212,8 @@ def test_a_relaxed_weight_decodes_to_the_same_numbers(layout: Layout) -> None:
             assert tensor.dtype == torch.float32
         else:
             assert torch.equal(tensor, weight.tensors[name])
-    unchanged = ("shape", "vector_length", "stages", "tile", "block_scale", "outliers", "codebook_rank")
-    assert all(getattr(relaxed.layout, name) == getattr(layout, name) for name in unchanged)
+    unchanged = ("shape", "vector_length", "stages", "tile", "block_scale", "outliers", "codebook_rank", "codebook")
+    assert all(getattr(relaxed.layout, name) == getattr(layout, name) for name in (*unchanged, "transform"))
 
 
 @settings(max_examples=150, deadline=None)
@@ -224,8 +257,10 @@ def test_rounding_what_does_not_fit_names_module_and_tensor() -> None:
         _INT4,
         Layout((5, 9), 1, (3,), codebook_dtype="grid", direction="row", block_scale=BlockScale(4, 3, 3)),
         Layout((6, 8), 2, (2,), permuted=True, channel_norm="output", block_scale=BlockScale(3), side_dtype="bfloat16"),
+        _TRANSFORMED,
+        replace(_INT4, transform=Transform(input=2)),
     ],
-    ids=["full", "low rank", "int4", "grid", "plain"],
+    ids=["full", "low rank", "int4", "grid", "plain", "universal", "int4 transformed"],
 )
 def test_gradients_of_a_relaxed_weight_are_those_of_finite_differences(layout: Layout) -> None:
     relaxed = random_weight(layout, 2).relaxed()

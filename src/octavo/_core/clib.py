@@ -20,7 +20,7 @@ from torch.nn import Parameter
 DISABLE = "OCTAVO_NO_CLIB"
 OK, BAD_ARGUMENT, NO_MEMORY, OUT_OF_RANGE = range(4)
 
-_ABI = 2
+_ABI = 3
 _ISA = {1: "baseline", 2: "AVX2 + FMA", 3: "AVX-512"}
 _NAMES = {"win32": "octavo_c.dll", "darwin": "liboctavo_c.dylib"}
 _REMEDY = (
@@ -33,6 +33,10 @@ _SIGNATURES = {
     "octavo_nearest_tiles": (
         *(_POINTER, _INT64, _INT64, _POINTER, _INT64, _INT32),
         *(_POINTER, _POINTER, _INT32, _INT32),
+    ),
+    "octavo_nearest_additive": (
+        *(_POINTER, _INT64, _INT32, _POINTER, _POINTER, _INT32),
+        *(_POINTER, _INT32, _POINTER, _INT32, _INT32),
     ),
     "octavo_fit_tiles": (
         *(_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT32, _INT64, _INT64),

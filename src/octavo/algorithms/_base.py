@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from torch import Tensor
 from octavo._core.config import from_dict
 from octavo._core.errors import UsageError, did_you_mean
 from octavo._core.registry import Registry
+from octavo.algorithms._choose import allocate
 from octavo.algorithms._input import bias_tensors, checked
 from octavo.layout import Layout, SideDtype
+from octavo.math.hessian import factorize
 from octavo.weight import VQWeight
 
 MIN_BITS, MAX_BITS = 0.5, 16.0
@@ -61,6 +63,12 @@ class Algorithm(ABC):
     needs_hessian: ClassVar[bool] = True
     #: Whether ``bits`` is a limit for everything stored, or the width of the indices alone.
     counts_all_bits: ClassVar[bool] = True
+    #: How much a matrix's size counts when bits are shared out and nothing is known of what its errors cost.
+    size_power: ClassVar[float] = 1.0
+    #: What is decided by what errors cost in the end, unless the user decides: see :mod:`octavo.pipeline.guide`.
+    guided: ClassVar[Literal["none", "weights", "bits", "both"]] = "none"
+    #: How far matrices make up for what earlier blocks lost, 0 to 1, unless the user decides.
+    catch_up: ClassVar[float] = 0.0
     #: Published settings: name -> options, ``bits`` among them.
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
     #: Presets that follow a pattern, in words for messages; see :meth:`named`.
@@ -79,26 +87,54 @@ class Algorithm(ABC):
         if self.side_dtype not in ("float16", "bfloat16", "float32"):
             raise UsageError(f"{self.name}: side_dtype wanted float16, bfloat16 or float32, got {self.side_dtype!r}")
 
-    @abstractmethod
     def layout(self, shape: tuple[int, int], bias: bool = False) -> Layout:
-        """The layout that a matrix of this shape (out, in) will get: a function of the options and the shape alone.
+        """The layout that a matrix of this shape (out, in) gets if it is the only one.
 
         Raises:
             UsageError: no layout of this method fits the bits asked at this shape.
         """
+        return self.layouts([(shape, bias)])[0]
 
     def layouts(
         self,
         shapes: Sequence[tuple[tuple[int, int], bool]],
         allowed: Callable[[Layout], bool] | None = None,
         size: Callable[[Layout], int] = Layout.bits,
+        importance: Sequence[float] | None = None,
+        budget: int | None = None,
     ) -> list[Layout]:
-        """The layouts of a whole model's matrices, given as (shape, bias); methods may trade bits between them.
+        """The layouts of a whole model's matrices, between which the bits are shared out.
 
-        Methods that choose prefer layouts that are ``allowed``; those that have no choice do not ask. ``size`` is what
-        a layout takes in the files, in bits.
+        Args:
+            shapes: (out, in) and whether there is a bias, of every matrix.
+            allowed: layouts that are preferred; a matrix that has none of them takes its others.
+            size: what a layout takes in the files, in bits.
+            importance: what an error as large as the weights would cost, matrix by matrix; by default the number of
+                weights to the power :attr:`size_power`.
+            budget: bits for all of them, :attr:`bits` a weight unless given.
+
+        Raises:
+            UsageError: no layout of this method fits the options at a shape.
         """
-        return [self.layout(shape, bias) for shape, bias in shapes]
+        candidates = {key: list(self.candidates(*key)) for key in set(shapes)}
+        for (shape, _), options in candidates.items():
+            if not options:
+                raise UsageError(
+                    f"{self.name}: no codebooks fit a matrix of {shape} within these options (bits {self.bits}). Leave "
+                    "more open, or give the size of the codebooks and the vector length as well."
+                )
+        if allowed is not None:
+            # If none is, whoever forbids them has the words for it.
+            candidates = {key: [x for x in options if allowed(x)] or options for key, options in candidates.items()}
+        if importance is None:
+            importance = [(shape[0] * shape[1]) ** self.size_power for shape, _ in shapes]
+        if budget is None:
+            budget = math.floor(self.bits * sum(out * inp for (out, inp), _ in shapes))
+        return allocate([candidates[key] for key in shapes], budget, importance, size)
+
+    @abstractmethod
+    def candidates(self, shape: tuple[int, int], bias: bool) -> Iterable[Layout]:
+        """The layouts that a matrix of this shape (out, in) may get: a function of the options and the shape alone."""
 
     def quantize(
         self,
@@ -129,6 +165,21 @@ class Algorithm(ABC):
         generator = generator if generator is not None else torch.Generator().manual_seed(0)
         tensors = self._encode(Problem(weight, hessian, layout, generator, name))
         return VQWeight(layout, {**tensors, **bias_tensors(layout, bias, name)})
+
+    def sensitivity(self, weight: Tensor, hessian: Tensor, generator: torch.Generator, name: str = "matrix") -> float:
+        """The output loss tr(E H E^T) for errors as large as the weights, what error feedback saves counted.
+
+        A codebook of relative distortion D loses about D times that: under feedback column j of the weights counts
+        with 1 / U_jj^2, H^-1 = U^T U. The methods' own preparation of the weights is taken into account.
+
+        Raises:
+            NumericalError: a Hessian that cannot be factorised.
+        """
+        weight, checked_hessian = checked(weight, hessian, name)
+        if checked_hessian is None:
+            return 0.0
+        factor = factorize(checked_hessian, name)
+        return float((weight.square().sum(dim=0) / factor.variance).sum(dtype=torch.float64))
 
     @abstractmethod
     def _encode(self, problem: Problem) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from octavo.codebooks import get as get_codebook
 from octavo.layout import Layout
 
 #: Gap in dB between the best high-rate vector quantizer of dimension v on a Gaussian source and the rate-distortion
@@ -47,6 +48,8 @@ def predicted_distortion(layout: Layout) -> float:
     fresh ones. Codebooks of tiles adapt to where they are, too: on real matrices their error falls like
     1 - 1.2 sqrt(k/n) (d = 1, 2, 4; tiles of 64 to 2^15 vectors; measured by benchmarks/quality/parts.py).
     """
+    if layout.codebook:
+        return get_codebook(layout.codebook).distortion
     rows, columns = layout.index_shape
     books = layout.books_shape[0] * layout.books_shape[1]
     vectors = max(rows * columns // books, 1)
@@ -77,10 +80,10 @@ class _Kind:
 
     @classmethod
     def of(
-        cls, options: Sequence[Layout], members: list[int], size_power: float, size: Callable[[Layout], int]
+        cls, options: Sequence[Layout], members: list[int], importance: float, size: Callable[[Layout], int]
     ) -> _Kind:
         bits = np.array([size(layout) for layout in options])
-        errors = np.array([predicted_distortion(layout) * layout.weights**size_power for layout in options])
+        errors = np.array([predicted_distortion(layout) * importance for layout in options])
         order = _worthwhile(bits, errors)
         bits, errors = bits[order], errors[order]
         hull: list[int] = []
@@ -154,34 +157,29 @@ def _error(kinds: Sequence[_Kind], plan: _Plan) -> float:
 
 def allocate(
     candidates: Sequence[Sequence[Layout]],
-    bits: float,
-    size_power: float = 1.0,
+    budget: int,
+    importance: Sequence[float],
     size: Callable[[Layout], int] = Layout.bits,
 ) -> list[Layout]:
-    """One layout per matrix, so that the predicted squared error of all weights together is least within a budget.
+    """One layout per matrix, so that the sum of predicted distortion times importance is least within a budget.
 
-    A matrix counts with its number of weights to the power ``size_power``: 1 minimises the error of all weights, less
-    favours small matrices, which cost few bits and hurt as much when they are wrong.
+    The budget is in bits, everything counted by ``size`` (bits of a layout in the files; its own unless a format stores
+    more). It is spent by the best gain per bit; what that leaves over goes to the best exchange of one or two layouts,
+    again and again; a search follows unless the result is then known to be within a ten-thousandth of the least error.
+    If even the smallest candidates exceed the budget (tiny matrices), those are returned; the plan shows it.
 
-    The budget is ``bits`` times the number of weights, everything counted by ``size`` (bits of a layout in the files;
-    its own unless a format stores more). It is spent by the best gain per bit; what
-    that leaves over goes to the best exchange of one or two layouts, again and again; a search follows unless the
-    result is then known to be within a ten-thousandth of the least error. If even the smallest candidates exceed the
-    budget (tiny matrices), those are returned; the plan shows it.
-
-    Equal matrices, those that share their list of candidates, get equal layouts but for what fills the budget: one kind
-    is split between two layouts, and a few matrices take others. Of the layouts of a kind the larger ones go to its
-    first matrices, each in one run.
+    Equal matrices, those that share their list of candidates and their importance, get equal layouts but for what fills
+    the budget: one kind is split between two layouts, and a few matrices take others. Of the layouts of a kind the
+    larger ones go to its first matrices, each in one run.
 
     Neither a larger budget nor more candidates predict a larger error, up to a ten-thousandth of it.
     """
-    groups: dict[int, list[int]] = {}
-    for index, options in enumerate(candidates):
-        groups.setdefault(id(options), []).append(index)
-    kinds = [_Kind.of(candidates[members[0]], members, size_power, size) for members in groups.values()]
+    groups: dict[tuple[int, float], list[int]] = {}
+    for index, (options, cost) in enumerate(zip(candidates, importance, strict=True)):
+        groups.setdefault((id(options), cost), []).append(index)
+    kinds = [_Kind.of(candidates[members[0]], members, cost, size) for (_, cost), members in groups.items()]
     if not kinds:
         return []
-    budget = math.floor(bits * sum(options[0].weights for options in candidates))
     relaxation = _Relaxation(kinds)
     plan = relaxation.plan(budget)
     if _size(kinds, plan) <= budget:

@@ -40,8 +40,8 @@ class GridAlgorithm(Algorithm):
         if type(self.group_size) is not int or self.group_size < 1:
             raise UsageError(f"{self.name}: group_size wanted a whole number >= 1, got {self.group_size!r}")
 
-    def layout(self, shape: tuple[int, int], bias: bool = False) -> Layout:
-        return Layout(
+    def candidates(self, shape: tuple[int, int], bias: bool) -> tuple[Layout, ...]:
+        layout = Layout(
             shape=shape,
             vector_length=1,
             stages=(int(self.bits),),
@@ -51,6 +51,7 @@ class GridAlgorithm(Algorithm):
             block_scale=BlockScale(min(self.group_size, shape[1]), int(self.bits)),
             bias=bias,
         )
+        return (layout,)
 
 
 class Grid:

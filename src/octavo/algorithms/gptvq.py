@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from octavo._core.errors import UsageError
 from octavo.algorithms._base import Algorithm, Problem, check_damping, registry
-from octavo.algorithms._choose import allocate, stage_choices
+from octavo.algorithms._choose import stage_choices
 from octavo.algorithms._rows import RowCoder, RowOptions
 from octavo.layout import BlockScale, CodebookDtype, Layout
 
@@ -21,9 +21,6 @@ _SCALE_BITS = 4
 #: From this length on, a codebook is too large for a few rows.
 _LONG = 4
 _SCALE_COLUMNS = 512
-#: How much a matrix's size counts when bits are shared out. On SmolLM2 at 2.25 bits 0.5 gave a KL of 0.93 and 0.98 in
-#: two runs and 1 gave 1.04; vptq, whose codebooks belong to whole matrices, did better with 1 (1.04 against 1.11).
-_SIZE_POWER = 0.5
 #: Largest codebook that is chosen without being asked for: the fit takes time in proportion to its size.
 _MAX_AUTO_BITS = 12
 
@@ -93,6 +90,10 @@ class GPTVQ(RowOptions, Algorithm):
     name: ClassVar[str] = "gptvq"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType(_PRESETS)
 
+    #: On SmolLM2 at 2.25 bits 0.5 gave a KL of 0.93 and 0.98 in
+    #: two runs and 1 gave 1.04; vptq, whose codebooks belong to whole matrices, did better with 1 (1.04 against 1.11).
+    size_power: ClassVar[float] = 0.5
+
     bits: float = 2.25
     vector_length: int | None = None
     centroids: int | None = None
@@ -137,25 +138,7 @@ class GPTVQ(RowOptions, Algorithm):
 
     # ---------------------------------------------------------------- layout
 
-    def layout(self, shape: tuple[int, int], bias: bool = False) -> Layout:
-        return self.layouts([(shape, bias)])[0]
-
-    def layouts(
-        self,
-        shapes: Sequence[tuple[tuple[int, int], bool]],
-        allowed: Callable[[Layout], bool] | None = None,
-        size: Callable[[Layout], int] = Layout.bits,
-    ) -> list[Layout]:
-        candidates = {key: list(self._candidates(*key)) for key in set(shapes)}
-        for (shape, _), options in candidates.items():
-            if not options:
-                raise UsageError(
-                    f"gptvq: no codebooks fit a matrix of {shape} within these options (bits {self.bits}). Leave more "
-                    "open, or give centroids and vector_length as well."
-                )
-        return allocate([candidates[key] for key in shapes], self.bits, _SIZE_POWER)
-
-    def _candidates(self, shape: tuple[int, int], bias: bool) -> Iterator[Layout]:
+    def candidates(self, shape: tuple[int, int], bias: bool) -> Iterator[Layout]:
         for v in (self.vector_length,) if self.vector_length else VECTOR_LENGTHS:
             scale = self._scale_columns(shape[1], v)
             for tile in self._tiles(shape, v):

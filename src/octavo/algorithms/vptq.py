@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -15,7 +15,7 @@ from torch import Tensor
 from octavo._core.errors import UsageError
 from octavo.algorithms._base import MAX_BITS, MIN_BITS, Algorithm, Problem, check_damping, registry
 from octavo.algorithms._books import output_loss
-from octavo.algorithms._choose import VECTOR_LENGTHS, allocate, stage_choices
+from octavo.algorithms._choose import VECTOR_LENGTHS, stage_choices
 from octavo.algorithms._columns import ColumnCoder, ColumnFit
 from octavo.layout import CodebookDtype, Layout, Outliers
 from octavo.math.feedback import error_feedback
@@ -142,28 +142,7 @@ class VPTQ(Algorithm):
         # As the published code stores them.
         return options and {**options, "norm": True, "codebook_dtype": "float16"}
 
-    def layout(self, shape: tuple[int, int], bias: bool = False) -> Layout:
-        return self.layouts([(shape, bias)])[0]
-
-    def layouts(
-        self,
-        shapes: Sequence[tuple[tuple[int, int], bool]],
-        allowed: Callable[[Layout], bool] | None = None,
-        size: Callable[[Layout], int] = Layout.bits,
-    ) -> list[Layout]:
-        candidates = {key: list(self._candidates(*key)) for key in set(shapes)}
-        if allowed is not None:
-            # If none is, whoever forbids them has the words for it.
-            candidates = {key: [x for x in options if allowed(x)] or options for key, options in candidates.items()}
-        for (shape, _), options in candidates.items():
-            if not options:
-                raise UsageError(
-                    f"vptq: no codebooks fit a matrix of {shape} within these options (bits {self.bits}, residual of "
-                    f"{self.residual_centroids}). Leave more open, or give centroids and vector_length as well."
-                )
-        return allocate([candidates[key] for key in shapes], self.bits, size=size)
-
-    def _candidates(self, shape: tuple[int, int], bias: bool) -> Iterator[Layout]:
+    def candidates(self, shape: tuple[int, int], bias: bool) -> Iterator[Layout]:
         out, inp = shape
         outliers = self._outliers(inp)
         columns = inp - (outliers.columns if outliers else 0)

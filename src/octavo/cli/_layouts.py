@@ -21,7 +21,7 @@ def in_words(layout: Layout) -> str:
     else:
         unit = "outputs" if layout.direction == "column" else "inputs"
         books = " + ".join(str(1 << bits) for bits in layout.stages)
-        kind: str = layout.codebook_dtype
+        kind: str = layout.codebook or layout.codebook_dtype
         if layout.codebook_rank:
             kind = f"rank {layout.codebook_rank} with {kind} coefficients and {layout.side_dtype} basis"
         parts = [f"vectors of {layout.vector_length} {unit}, {books} centroids ({kind})"]
@@ -42,6 +42,9 @@ def in_words(layout: Layout) -> str:
         parts.append(f"{layout.channel_norm} channels normalised")
     if layout.permuted:
         parts.append("columns permuted")
+    if layout.transform is not None:
+        sides = (("inputs", layout.transform.input), ("outputs", layout.transform.output))
+        parts.append("Hadamard of " + " and ".join(f"{side} in blocks of {n}" for side, n in sides if n))
     if layout.bias:
         parts.append("bias")
     return ", ".join(parts)

@@ -23,6 +23,15 @@ class FileFormat(StrEnum):
     vptq = "vptq"
 
 
+class Guided(StrEnum):
+    """What gradients of the loss decide."""
+
+    none = "none"
+    weights = "weights"
+    bits = "bits"
+    both = "both"
+
+
 class BadHessian(StrEnum):
     """What to do with a matrix whose calibration statistics are unusable."""
 
@@ -36,12 +45,32 @@ Quantized = Annotated[str, typer.Argument(metavar="OUT", help="Folder of a quant
 Method = Annotated[
     str | None,
     typer.Option(
-        "--method", "-m", help="vptq, gptvq, gptq or rtn; `octavo doctor` lists all methods.", show_default="vptq"
+        "--method",
+        "-m",
+        help="auto, universal, vptq, gptvq, gptq or rtn; `octavo doctor` lists all.",
+        show_default="auto",
     ),
 ]
 Bits = Annotated[
     float | None,
     typer.Option("--bits", "-b", help="Bits per weight to aim at; codebooks are counted.", show_default="2.25"),
+]
+Size = Annotated[
+    str | None,
+    typer.Option("--size", metavar="BYTES", help="Largest size of the weight files, such as 900MB or 3.5GB."),
+]
+BitsOf = Annotated[
+    list[str] | None,
+    typer.Option("--bits-of", metavar="PATTERN=BITS", help="Bits of the matrices of this name; repeatable."),
+]
+GuidedOption = Annotated[
+    Guided | None,
+    typer.Option(
+        "--guided",
+        help="What is decided by what errors cost in the end (a pass of gradients): the weights of tokens, how bits "
+        "are shared out, both or none.",
+        show_default="what the method does best with",
+    ),
 ]
 Preset = Annotated[
     str | None,

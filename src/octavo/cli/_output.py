@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -185,6 +186,42 @@ def size(count: float) -> str:
         if count >= scale:
             return f"{count / scale:.2f} {unit}"
     return f"{count:.0f} bytes"
+
+
+def parse_size(text: str | None) -> int | None:
+    """Bytes of '900MB', '3.5 GB' (decimal units), '1GiB' or a plain number; None stays None.
+
+    Raises:
+        UsageError: no such size.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(?:([kmgt])(i?)b?|b|bytes)?\s*", text, re.IGNORECASE)
+    count = 0
+    if found:
+        number, unit, binary = found.groups()
+        count = int(float(number) * (1024 if binary else 1000) ** ("kmgt".index(unit.lower()) + 1 if unit else 0))
+    if count < 1:
+        raise UsageError(f"--size wanted bytes such as 900MB, 3.5GB or 1GiB, got {text!r}.")
+    return count
+
+
+def parse_bits_of(pairs: Sequence[str] | None) -> dict[str, float]:
+    """``PATTERN=BITS`` texts to bits by pattern.
+
+    Raises:
+        UsageError: no '=', or bits that are no number.
+    """
+    found: dict[str, float] = {}
+    for pair in pairs or ():
+        pattern, _, bits = pair.rpartition("=")
+        try:
+            found[pattern] = float(bits)
+        except ValueError:
+            pattern = ""
+        if not pattern:
+            raise UsageError(f"--bits-of wanted PATTERN=BITS such as mlp.down_proj=3, got {pair!r}.")
+    return found
 
 
 def duration(seconds: float) -> str:

@@ -16,7 +16,9 @@ from octavo.cli._output import (
     RevisionOption,
     ThreadsOption,
     duration,
+    parse_bits_of,
     parse_settings,
+    parse_size,
     quiet_libraries,
     size,
     use_threads,
@@ -27,6 +29,11 @@ def command(
     model: options.Model,
     method: options.Method = None,
     bits: options.Bits = None,
+    target: options.Size = None,
+    bits_of: options.BitsOf = None,
+    guided: options.GuidedOption = None,
+    calib: options.Calibration = "bundled",
+    seed: options.Seed = 0,
     preset: options.Preset = None,
     samples: options.Samples = 32,
     ctx: options.Context = None,
@@ -45,7 +52,8 @@ def command(
 ) -> None:
     """Show what `octavo quantize` with the same options would do: layouts, true bits, bytes, memory, disk, time.
 
-    Reads configuration and tensor headers only.
+    Reads configuration and tensor headers only, unless --guided bits asks for the pass of gradients, which predicts the
+    KL as well.
     """
     with Output(as_json, quiet) as output:
         algorithm_options = parse_settings(settings or [])
@@ -57,6 +65,12 @@ def command(
             model,
             method=method,
             bits=bits,
+            size=parse_size(target),
+            overrides=parse_bits_of(bits_of),
+            guided=guided.value if guided else "none",
+            calib=calib,
+            seed=seed,
+            progress=output.counter("gradients"),
             preset=preset,
             options=algorithm_options,
             skip=tuple(skip or ()),
@@ -79,10 +93,12 @@ def command(
             COLUMNS, rows(layouts, sizes), title=f"{plan.model}: {plan.method}, {options_in_words(plan.options)}"
         )
         output.say()
+        kl = {} if plan.predicted_kl is None else {"predicted KL": f"{plan.predicted_kl:.4f} per token"}
         output.facts(
             {
                 "bits per weight": f"{plan.bits_per_weight:.3f} counting everything "
                 f"({totals(layouts)['nominal_bits']:.3f} of indices), {len(layouts)} matrices",
+                **kl,
                 "weight files": f"{size(plan.file_bytes)} ({size(plan.quantized_bytes)} quantized, "
                 f"{size(plan.kept_bytes)} of {len(plan.kept)} tensors kept); original {size(plan.source_bytes)}",
                 "memory": f"about {size(plan.memory_bytes)}",

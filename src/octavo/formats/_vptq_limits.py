@@ -36,6 +36,8 @@ def _kind(layout: Layout) -> str:
     if layout.direction != "column":
         return "VPTQ stores vectors of outputs, not of inputs (--method vptq)"
     extras = {
+        "universal codebooks": layout.codebook,
+        "transforms": layout.transform,
         "signs apart": layout.sign_bits,
         "block scales": layout.block_scale is not None,
         "low-rank codebooks": layout.codebook_rank,

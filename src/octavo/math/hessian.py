@@ -20,7 +20,7 @@ MAX_BAD_SHARE = 0.1
 
 
 class HessianAccumulator:
-    """Sum of x^T x over tokens, in float32, with non-finite rows left out and counted.
+    """Sum of s x^T x over tokens with weights s, in float32, with non-finite rows left out and counted.
 
     Attributes:
         tokens: rows that entered the sum.
@@ -37,9 +37,11 @@ class HessianAccumulator:
         """Number of input features."""
         return self._sum.shape[0]
 
-    def add(self, x: Tensor) -> None:
-        """Add inputs ``x`` [tokens, in_features] of any float dtype."""
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Add inputs ``x`` [tokens, in_features] of any float dtype, with non-negative ``weights`` [tokens] or ones."""
         x = x.to(self._sum.dtype)
+        if weights is not None:
+            x = x * weights.to(x.device, x.dtype).sqrt().unsqueeze(1)
         # A finite sum proves finite entries (short of overflow, which the exact test below then settles).
         if not bool(torch.isfinite(x.sum())):
             good = torch.isfinite(x).all(dim=1)
@@ -116,6 +118,14 @@ def dead_columns(hessian: Tensor) -> Tensor:
     return torch.diagonal(hessian) <= 0
 
 
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """H as :func:`factorize` takes it: symmetric, dead channels with the mean, ``damping`` times the mean added."""
+    mean = float(torch.diagonal(hessian).clamp(min=0).mean())
+    base = (hessian + hessian.T) / 2
+    base.diagonal().masked_fill_(torch.diagonal(base) <= 0, mean).add_(damping * mean)
+    return base
+
+
 def factorize(hessian: Tensor, where: str = "matrix", damping: float = DAMPING_LADDER[0]) -> Factor:
     """Factorise a damped Hessian for error feedback.
 
@@ -137,13 +147,8 @@ def factorize(hessian: Tensor, where: str = "matrix", damping: float = DAMPING_L
     mean = float(diagonal.clamp(min=0).mean())
     ladder = sorted({damping, *(d for d in DAMPING_LADDER if d > damping)})
     for dtype in (torch.float32, torch.float64):
-        base = hessian.to(dtype)
-        base = (base + base.T) / 2
-        base.diagonal().masked_fill_(torch.diagonal(base) <= 0, mean)
         for damp in ladder:
-            damped = base.clone()
-            damped.diagonal().add_(damp * mean)
-            lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+            lower, info = torch.linalg.cholesky_ex(damped(hessian.to(dtype), damp).flip(0, 1))
             if int(info) != 0 or not bool(torch.isfinite(lower).all()):
                 continue
             identity = torch.eye(lower.shape[0], dtype=dtype, device=lower.device)
@@ -163,3 +168,16 @@ def proxy_loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
         top = float(((error @ hessian) * error).sum())
         bottom = float(((weight @ hessian) * weight).sum())
     return top / bottom if bottom > 0 else (float("inf") if top > 0 else 0.0)
+
+
+def caught_up(weight: Tensor, hessian: Tensor, drift: Tensor, strength: float, damping: float = 1e-2) -> Tensor:
+    """The matrix [out, in] that does best on the drifted inputs x what ``weight`` does on the original's x_o.
+
+    ``W + strength W C H^-1`` with C = E[(x_o - x) x^T] [in, in] minimises E|W x_o - W' x|^2 at strength 1 (asymmetric
+    calibration of GPTAQ, arXiv 2504.02692); a damped H keeps what few tokens say small.
+    """
+    with exact_float32():
+        factor, info = torch.linalg.cholesky_ex(damped(hessian, damping))
+        if int(info) != 0:
+            return weight
+        return weight + strength * torch.cholesky_solve((weight @ drift).T, factor).T

@@ -18,6 +18,7 @@ from octavo._core.errors import FormatError, NumericalError, UsageError
 from octavo._core.io import sha256_file
 from octavo.formats.reader import CheckpointReader
 from octavo.models import skeleton
+from octavo.models.ending import Ending
 from octavo.models.names import match_names
 from octavo.models.skeleton import BlockInputs, Target
 from octavo.models.source import ModelSource
@@ -243,13 +244,33 @@ class CausalModel:
                 results.append(self._run(ids, mask, replay).logits)
         return results
 
-    def _run(self, ids: Tensor, mask: Tensor | None, replace: skeleton.StandIn) -> Any:
+    @contextmanager
+    def ending(self, ids: Tensor, hidden: Tensor, dtype: torch.dtype = torch.float32) -> Iterator[Ending]:
+        """What follows the last block, while inside; it is tried on ``ids`` and ``hidden`` of one batch.
+
+        Raises:
+            UsageError: it cannot be run apart from the rest.
+        """
+        with self._rest_on_demand(dtype):
+            as_returned, last = self._return_type([(ids, None)], dtype), len(self.blocks) - 1
+
+            def run(ids: Tensor, final: Tensor) -> Any:
+                return self._run(ids, None, lambda i, h, _: as_returned(final if i == last else h), grad=True)
+
+            # get_decoder() is the whole model for some families.
+            body = self._model.get_submodule(self._blocks_name.rpartition(".")[0])
+            ending = Ending(self._model, body, run, self.source.name)
+            # Inference tensors cannot take part in autograd.
+            ending.probe(ids[:1, :8], hidden[:1, :8].clone())
+            yield ending
+
+    def _run(self, ids: Tensor, mask: Tensor | None, replace: skeleton.StandIn, grad: bool = False) -> Any:
         if self.max_positions is not None and ids.shape[1] > self.max_positions:
             raise UsageError(
                 f"windows of {ids.shape[1]} tokens are longer than the {self.max_positions} positions of "
                 f"{self.source.name}; use a smaller --ctx."
             )
-        with torch.no_grad(), skeleton.stand_ins(self._blocks, self._blocks_name, replace):
+        with torch.set_grad_enabled(grad), skeleton.stand_ins(self._blocks, self._blocks_name, replace):
             try:
                 # A cache would make later passes attend to this one's keys.
                 return self._model(input_ids=ids, attention_mask=mask, use_cache=False)

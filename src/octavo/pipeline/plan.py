@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,20 @@ from octavo import algorithms, formats
 from octavo._core.config import to_dict
 from octavo._core.errors import UsageError
 from octavo.algorithms import Algorithm
-from octavo.calibration.data import window_length
+from octavo.algorithms._base import MAX_BITS, MIN_BITS
+from octavo.algorithms._choose import predicted_distortion
+from octavo.calibration.data import Tokens, read_text, window_length, windows
 from octavo.formats import Format
 from octavo.layout import Layout, SideDtype
+from octavo.models import skeleton
 from octavo.models.adapter import CausalModel
 from octavo.models.source import resolve
+from octavo.pipeline.guide import check_guided, measure
 from octavo.pipeline.output import Contents
 
-DEFAULT_METHOD, DEFAULT_BITS = "vptq", 2.25
+AUTO, DEFAULT_BITS = "auto", 2.25
+#: How often bits are lowered until the headers fit as well.
+_ATTEMPTS = 4
 #: A layer that reads what a column-split layer wrote is split along its inputs under tensor parallelism.
 _ROW_PARALLEL = ("o_proj", "down_proj", "c_proj", "out_proj", "dense", "wo", "fc2")
 
@@ -59,6 +66,7 @@ class Plan:
         source_bytes: payload of the original.
         memory_bytes: estimated peak of the job; work_bytes: disk that the resumable store takes on top of the output.
         seconds: estimated from a short measurement of this machine.
+        predicted_kl: KL per token to the original that the measured importances predict; None without them.
         warnings: what a careful person would want to know before starting.
     """
 
@@ -74,6 +82,7 @@ class Plan:
     memory_bytes: int
     work_bytes: int
     seconds: float
+    predicted_kl: float | None = None
     warnings: tuple[str, ...] = field(default=())
 
     @property
@@ -97,6 +106,7 @@ def plan(
     *,
     method: str | None = None,
     bits: float | None = None,
+    size: int | None = None,
     preset: str | None = None,
     options: Mapping[str, Any] | None = None,
     skip: Sequence[str] = (),
@@ -104,23 +114,47 @@ def plan(
     ctx: int | None = None,
     side_dtype: SideDtype = "float16",
     format: str = "octavo",
+    overrides: Mapping[str, float] | None = None,
+    guided: str = "none",
+    calib: str | Path = "bundled",
+    seed: int = 0,
     tensor_parallel: int = 1,
     trust_remote_code: bool = False,
     revision: str | None = None,
     work: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
-    """Work out a quantization without doing it; reads only configuration and tensor headers.
+    """Work out a quantization without doing it; reads only configuration and tensor headers, unless guided.
+
+    Args:
+        guided: ``bits`` or ``both`` runs the pass of gradients that :func:`octavo.quantize` would run, on the same text
+            (``calib``, ``samples``, ``ctx``, ``seed``); bits are shared out as there, and a KL is predicted.
+        progress: called with (steps done, steps) of that pass.
 
     Raises:
         UsageError: options that do not fit, patterns that match nothing, shapes that ``tensor_parallel`` cannot split.
         FormatError: a checkpoint that is broken or unknown.
     """
-    algorithm, form = build_algorithm(method, bits, side_dtype, options, preset), formats.get(format)
+    algorithm, form = build_algorithm(method, bits, side_dtype, options, preset, format), formats.get(format)
     source = resolve(model, revision=revision, trust_remote_code=trust_remote_code, work=work)
     causal = CausalModel(source, skip=skip)
     algorithm = suited(algorithm, form, source.dtype)
+    if size is not None:
+        check_size(bits, preset)
+        algorithm = sized(causal, algorithm, form, size)
     ctx = window_length(ctx, causal.max_positions)
-    return plan_model(causal, algorithm, samples, ctx, tensor_parallel, form)
+    check_guided(guided)
+    importance = None
+    if guided in ("bits", "both"):
+        tokens = calibration(causal, str(calib), samples, ctx, seed)
+        importance = measure(causal, algorithm, tokens.ids, seed, None, progress).importance
+    return plan_model(causal, algorithm, samples, ctx, tensor_parallel, form, importance, overrides)
+
+
+def calibration(causal: CausalModel, calib: str, samples: int, ctx: int, seed: int) -> Tokens:
+    """The calibration windows of a job."""
+    text = read_text(calib)
+    return windows(causal.tokenizer(), text, ctx, samples, seed, limit=causal.max_positions, source=calib)
 
 
 def build_algorithm(
@@ -129,8 +163,12 @@ def build_algorithm(
     side_dtype: SideDtype,
     options: Mapping[str, Any] | None = None,
     preset: str | None = None,
+    format: str = "octavo",
 ) -> Algorithm:
     """The configured method; options repeat neither ``bits`` nor ``side_dtype``, and change those of a preset.
+
+    Method ``auto``, or none, takes the best one that ``format`` can hold: at equal size universal codebooks lose least
+    from 1 to 4 bits on every model measured (docs/quality.md), and decode fastest.
 
     Raises:
         UsageError: unknown names, values out of range, or a preset beside another method or bits.
@@ -141,10 +179,12 @@ def build_algorithm(
             raise UsageError(f"option {name!r} has a parameter of its own; do not repeat it among the method's options")
     if preset is not None:
         name, published = algorithms.preset(preset)
-        if bits is not None or method not in (None, name):
+        if bits is not None or method not in (None, AUTO, name):
             raise UsageError(f"preset {preset} is method {name} with bits of its own; leave --method and --bits out")
         method, bits, given = name, published.pop("bits"), {**published, **given}
-    method, bits = method or DEFAULT_METHOD, DEFAULT_BITS if bits is None else bits
+    if method in (None, AUTO):
+        method = "vptq" if format == "vptq" else "universal"
+    bits = DEFAULT_BITS if bits is None else bits
     return algorithms.get(method)(bits=bits, side_dtype=side_dtype, **given)
 
 
@@ -160,14 +200,24 @@ def plan_model(
     ctx: int,
     tensor_parallel: int = 1,
     form: Format | None = None,
+    importance: Mapping[str, float] | None = None,
+    overrides: Mapping[str, float] | None = None,
 ) -> Plan:
-    """:func:`plan` for a model that is already open."""
+    """:func:`plan` for a model that is already open.
+
+    Args:
+        importance: what errors of each matrix cost, from :mod:`octavo.pipeline.guide`; bits are then shared out for the
+            least predicted KL.
+        overrides: glob patterns of modules (as ``skip`` takes them) -> bits per weight that they get whatever the
+            others get; of several that match, the last.
+    """
     form = form or formats.get("octavo")
     if samples < 1 or ctx < 2:
         raise UsageError(f"samples wanted >= 1 and ctx >= 2, got {samples} and {ctx}")
     targets = [(name, i, target) for i in range(len(model.blocks)) for name, target in model.targets(i).items()]
     shapes = [(target.shape, target.bias) for _, _, target in targets]
-    layouts = algorithm.layouts(shapes, allowed=lambda layout: not form.refusals(layout), size=form.bits)
+    costs = None if importance is None else [importance[name] for name, _, _ in targets]
+    layouts = _share_out(algorithm, form, [name for name, _, _ in targets], shapes, costs, overrides or {})
     form.require({name: layout for (name, _, _), layout in zip(targets, layouts, strict=True)})
     matrices = [
         Matrix(name, index, layout, form.bits(layout))
@@ -181,8 +231,9 @@ def plan_model(
     sizes = [m.bits for m in matrices]
     bits = sum(sizes)
     kept = model.kept()
-    stored = {model.model_name(name): model.reader.bytes(name) for name in kept}
-    kept_bytes = sum(stored.values()) + Contents(form, {}, algorithm.name, ties=model.ties()).twin_bytes(stored)
+    predicted = None
+    if costs is not None:
+        predicted = sum(cost * predicted_distortion(layout) for cost, layout in zip(costs, layouts, strict=True))
     flops = _flops(matrices, samples * ctx, algorithm.needs_hessian)
     return Plan(
         model=model.source.name,
@@ -192,13 +243,114 @@ def plan_model(
         kept=tuple(kept),
         bits_per_weight=bits / weights,
         quantized_bytes=sum(-(-size // 8) for size in sizes),
-        kept_bytes=kept_bytes,
+        kept_bytes=_kept_bytes(model, form),
         source_bytes=model.reader.total_bytes,
         memory_bytes=_memory(model, matrices, samples * ctx, algorithm.needs_hessian),
         work_bytes=bits // 8 + (_hidden_bytes(model, samples * ctx) * 3 if algorithm.needs_hessian else 0),
         seconds=flops / _measured_flops(),
+        predicted_kl=predicted,
         warnings=tuple(_warnings(model, matrices, algorithm, samples * ctx)),
     )
+
+
+def _share_out(
+    algorithm: Algorithm,
+    form: Format,
+    names: Sequence[str],
+    shapes: Sequence[tuple[tuple[int, int], bool]],
+    costs: Sequence[float] | None,
+    overrides: Mapping[str, float],
+) -> list[Layout]:
+    """The layouts of all matrices: those with bits of their own first, the others within what is left of the budget."""
+
+    def allowed(layout: Layout) -> bool:
+        return not form.refusals(layout)
+
+    fixed: dict[int, float] = {}
+    for pattern, bits in overrides.items():
+        found = [i for i, name in enumerate(names) if skeleton.matches(name, pattern)]
+        if not found:
+            raise UsageError(f"--bits-of {pattern}={bits:g}: no quantized matrix is called so; {names[0]} is one.")
+        fixed |= dict.fromkeys(found, bits)
+    layouts: dict[int, Layout] = {}
+    for i, bits in fixed.items():
+        layouts[i] = replace(algorithm, bits=bits).layouts([shapes[i]], allowed, form.bits)[0]
+    rest = [i for i in range(len(names)) if i not in fixed]
+    budget = math.floor(algorithm.bits * sum(out * inp for (out, inp), _ in shapes))
+    budget -= sum(form.bits(layout) for layout in layouts.values())
+    shared = algorithm.layouts(
+        [shapes[i] for i in rest],
+        allowed,
+        form.bits,
+        None if costs is None else [costs[i] for i in rest],
+        budget,
+    )
+    layouts |= dict(zip(rest, shared, strict=True))
+    return [layouts[i] for i in range(len(names))]
+
+
+def check_size(bits: float | None, preset: str | None) -> None:
+    """Refuse a size beside what would contradict it.
+
+    Raises:
+        UsageError: bits or a preset are given as well.
+    """
+    if bits is not None or preset is not None:
+        raise UsageError("--size decides the bits per weight; leave --bits and --preset out")
+
+
+def sized(model: CausalModel, algorithm: Algorithm, form: Format, target_bytes: int) -> Algorithm:
+    """The algorithm with the bits per weight that make weight files of at most ``target_bytes``.
+
+    Raises:
+        UsageError: a method of whole bits, or a size that cannot be met.
+    """
+    if not algorithm.counts_all_bits:
+        raise UsageError(
+            f"--size wants a method that can share bits out; {algorithm.name} has the same whole number for all. Use "
+            "--method auto, universal, vptq or gptvq."
+        )
+    targets = {name: target for i in range(len(model.blocks)) for name, target in model.targets(i).items()}
+    if not targets:
+        raise UsageError(f"{model.source.name}: every linear layer is skipped; there is nothing to quantize")
+    shapes = [(target.shape, target.bias) for target in targets.values()]
+    weights = sum(out * inp for (out, inp), _ in shapes)
+    kept = _kept_bytes(model, form)
+    # Matrices are padded to whole bytes each; headers depend on the layouts, and those on the bits.
+    overhead = kept + len(targets) + _header_bytes(model, dict.fromkeys(targets))
+    for _ in range(_ATTEMPTS):
+        bits = 8 * (target_bytes - overhead) / weights
+        if not MIN_BITS <= bits <= MAX_BITS:
+            break
+        algorithm = replace(algorithm, bits=bits)
+        layouts = algorithm.layouts(shapes, lambda layout: not form.refusals(layout), form.bits)
+        headers = _header_bytes(model, dict(zip(targets, layouts, strict=True)))
+        total = kept + headers + sum(-(-form.bits(layout) // 8) for layout in layouts)
+        if total <= target_bytes:
+            return algorithm
+        overhead += total - target_bytes
+    raise UsageError(
+        f"--size {target_bytes:,} bytes cannot be met by {algorithm.name}: {kept:,} bytes are embeddings, head and "
+        f"norms, which stay as they are, and {weights:,} weights take {MIN_BITS:g} to {MAX_BITS:g} bits each. Try "
+        f"{int(kept + 1.5 * weights / 8):,} to {int(kept + 4.5 * weights / 8):,}, or another method."
+    )
+
+
+def _kept_bytes(model: CausalModel, form: Format) -> int:
+    """Payload of the tensors that are not quantized."""
+    stored = {model.model_name(name): model.reader.bytes(name) for name in model.kept()}
+    return sum(stored.values()) + Contents(form, {}, "", ties=model.ties()).twin_bytes(stored)
+
+
+def _header_bytes(model: CausalModel, layouts: Mapping[str, Layout | None]) -> int:
+    """At most so many bytes of safetensors headers: names, and 88 characters for dtype, shape and offsets each.
+
+    Of a matrix without layout there is only the tensor of its indices.
+    """
+    tensors = {name: layout.tensors() if layout else ("indices",) for name, layout in layouts.items()}
+    names = [f"{name}.{key}" for name, keys in tensors.items() for key in keys]
+    names += [model.model_name(name) for name in model.kept()]
+    return sum(len(name.encode()) + 88 for name in names) + 64
 
 
 def _check_tensor_parallel(matrices: Sequence[Matrix], ways: int) -> None:

@@ -26,7 +26,7 @@ from octavo._core.errors import FormatError, ResourceError, UsageError
 STORE_VERSION = 1
 _HASH_CHARS = 64
 #: What a work folder may hold.
-_OWN = ("LOCK", "CURRENT", "objects", "source", "output", "quantized", "tuning", "read")
+_OWN = ("LOCK", "CURRENT", "objects", "source", "output", "quantized", "tuning", "read", "gradients")
 
 
 @dataclass
@@ -35,12 +35,14 @@ class State:
 
     Attributes:
         blocks: of a quantization, one entry per finished block. hidden: the object with the states that leave the last.
+        guide: of a quantization, what :mod:`octavo.pipeline.guide` found out before the first block.
         tuning: of a tuning, how far it is; ``step`` and ``objects`` (purpose -> object name) are known here.
     """
 
     blocks: list[dict[str, Any]] = field(default_factory=list)
     hidden: str | None = None
     tuning: dict[str, Any] | None = None
+    guide: dict[str, Any] | None = None
 
     def __str__(self) -> str:
         return f"{len(self.blocks)} finished blocks" if self.tuning is None else f"tuning step {self.tuning['step']}"
@@ -87,7 +89,7 @@ class Store:
                 )
             self._check_identity(manifest)
             damaged = [o for o in _referenced(manifest) if not self._intact(o)]
-            state = State(manifest["blocks"], manifest["hidden"], manifest.get("tuning"))
+            state = State(manifest["blocks"], manifest["hidden"], manifest.get("tuning"), manifest.get("guide"))
             if not damaged:
                 self.state, self._manifest = state, name
                 for leftover in self._objects.glob(".*.tmp"):
@@ -161,6 +163,11 @@ class Store:
         self.state.hidden = hidden
         self._commit()
 
+    def commit_guide(self, entry: dict[str, Any]) -> None:
+        """Make durable what was found out before the first block."""
+        self.state.guide = entry
+        self._commit()
+
     def commit_tuning(self, entry: dict[str, Any]) -> None:
         """Make the state of a tuning durable, in place of the one before."""
         self.state.tuning = entry
@@ -176,6 +183,8 @@ class Store:
         }
         if self.state.tuning is not None:
             manifest["tuning"] = self.state.tuning
+        if self.state.guide is not None:
+            manifest["guide"] = self.state.guide
         data = json.dumps(manifest, sort_keys=True).encode()
         name = hashlib.sha256(data).hexdigest()
         io.write_bytes(self._objects / name, data)
@@ -210,8 +219,9 @@ def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def _referenced(manifest: Mapping[str, Any]) -> list[str]:
     objects = [entry["object"] for entry in manifest["blocks"]]
-    tuning = manifest.get("tuning") or {"objects": {}}
-    return [*objects, *([manifest["hidden"]] if manifest["hidden"] else []), *tuning["objects"].values()]
+    objects += [manifest["hidden"]] if manifest["hidden"] else []
+    objects += [manifest["guide"]["object"]] if manifest.get("guide") else []
+    return [*objects, *(manifest.get("tuning") or {"objects": {}})["objects"].values()]
 
 
 # -------------------------------------------------------------------------------------------------- the folder itself

@@ -1,0 +1,3 @@
+#include "additive_kernel.h"
+
+octavo::AdditiveKernel octavo::additive_avx512(int v) { return additive_kernel(v); }

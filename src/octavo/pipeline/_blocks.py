@@ -1,0 +1,265 @@
+"""The walk over the blocks of a model: statistics, quantization, what the next block sees; every block is committed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo._core.errors import Interrupted, NumericalError
+from octavo._core.seeds import generator
+from octavo.algorithms import Algorithm
+from octavo.calibration import capture
+from octavo.calibration.data import Tokens
+from octavo.layout import Layout
+from octavo.math.hessian import caught_up, proxy_loss
+from octavo.models.adapter import CausalModel
+from octavo.pipeline.block_tune import BlockTuneOptions, BlockTuner, BlockTuneReport
+from octavo.pipeline.events import Clock, Progress, Reporter
+from octavo.pipeline.guide import Guide, measure
+from octavo.pipeline.plan import Plan
+from octavo.pipeline.store import Store
+from octavo.weight import VQWeight
+
+#: Sequences per forward pass are chosen so that a batch has about this many tokens.
+_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """What one matrix got: true bits per weight, relative proxy error (None without statistics), seconds."""
+
+    module: str
+    shape: tuple[int, int]
+    nominal_bits: float
+    bits_per_weight: float
+    error: float | None
+    seconds: float
+
+
+class BlockWalk(Reporter):
+    """State of one call of :func:`quantize` that is not in the store."""
+
+    def __init__(
+        self, out: Path, progress: Progress | None, stop: Callable[[], bool], on_bad_hessian: str, seed: int
+    ) -> None:
+        super().__init__(progress)
+        self.out, self.stop = out, stop
+        self.on_bad_hessian, self.seed = on_bad_hessian, seed
+        self.clock = Clock()
+        #: How far targets make up for what earlier blocks lost, and what enters the next block in the original model.
+        self.catch_up = 0.0
+        self.originals: list[Tensor] = []
+
+    def guide(self, causal: CausalModel, algorithm: Algorithm, store: Store, tokens: Tokens, work: Path) -> Guide:
+        """What errors cost, found out now or by the run that is resumed."""
+        if store.state.guide is None:
+            self.emit("phase", f"finding out what errors cost, on {tokens.ids.numel()} tokens")
+            with self.clock.phase("gradients"):
+
+                def report(done: int, steps: int) -> None:
+                    self.emit("step", "", step=done, steps=steps)
+
+                folder = work / "gradients"
+                found = measure(causal, algorithm, tokens.ids, self.seed, folder, report)
+                store.commit_guide(found.put(store))
+        assert store.state.guide is not None
+        return Guide.get(store, store.state.guide)
+
+    # ---------------------------------------------------------------- blocks
+
+    def run_blocks(
+        self,
+        causal: CausalModel,
+        algorithm: Algorithm,
+        the_plan: Plan,
+        store: Store,
+        tokens: Tokens | None,
+        guide: Guide,
+        block_options: BlockTuneOptions | None = None,
+    ) -> None:
+        """Quantize all blocks that the store does not have yet."""
+        blocks = len(causal.blocks)
+        done = len(store.state.blocks)
+        if done == blocks:
+            return
+        hidden, inputs, tuner = [], None, None
+        if tokens is not None:
+            self.emit("phase", f"calibrating on {tokens.ids.numel()} tokens")
+            with self.clock.phase("capture"):
+                batches = [(ids, None) for ids in tokens.ids.split(max(_BATCH_TOKENS // tokens.ids.shape[1], 1))]
+                inputs = causal.capture_inputs(batches)
+                hidden = inputs.hidden
+                if self.catch_up:
+                    self.originals = list(hidden)
+                if block_options is not None:
+                    tuner = BlockTuner(causal, tokens.ids, block_options, self.seed)
+                    tuner.begin(hidden)
+            if store.state.hidden:
+                stored = store.get_tensors(store.state.hidden)
+                # Copies of their own: matrix products of mapped, unaligned memory may round differently.
+                hidden = [stored[f"batch_{i}"].clone() for i in range(len(hidden))]
+                self.originals = [stored[f"original_{i}"].clone() for i in range(len(self.originals))]
+                if tuner is not None:
+                    tuner.restore(stored, len(hidden))
+        began, first = time.perf_counter(), done
+        for index in range(done, blocks):
+            start, noted = time.perf_counter(), len(self.notes)
+            layouts = {m.module: m.layout for m in the_plan.matrices if m.block == index}
+            with self.clock.phase("load"):
+                block = causal.load_block(index)
+            kwargs = [k[index] for k in inputs.kwargs] if inputs else []
+            mask = inputs.mask if inputs else []
+            if tuner is not None:
+                with self.clock.phase("forward"):
+                    tuner.aim(block, hidden, kwargs, causal.blocks[index])
+            weights, rows, norms, tuned = self._quantize_block(
+                causal, algorithm, index, block, layouts, hidden, kwargs, mask, guide, tuner
+            )
+            if tokens is not None and index + 1 < blocks:
+                with self.clock.phase("forward"):
+                    hidden = capture.forward(block, hidden, kwargs, causal.blocks[index])
+            causal.release_block(index)
+            with self.clock.phase("commit"):
+                tensors = {f"{name}.{key}": t for name, w in weights.items() for key, t in w.tensors.items()}
+                rows = [asdict(row) for row in rows]
+                entry = {"object": store.put_tensors(tensors | norms), "matrices": rows, "notes": self.notes[noted:]}
+                if tuned is not None:
+                    entry |= {"tuned": asdict(tuned), "norms": list(norms)}
+                last = tokens is None or index + 1 == blocks
+                streams = {f"batch_{i}": h for i, h in enumerate(hidden)} | (tuner.states() if tuner else {})
+                streams |= {f"original_{i}": h for i, h in enumerate(self.originals)}
+                states = None if last else store.put_tensors(streams)
+                store.commit_block(entry, states)
+            seconds = time.perf_counter() - start
+            eta = (time.perf_counter() - began) / (index + 1 - first) * (blocks - index - 1)
+            losses = {"loss_before": tuned.loss_before, "loss_after": tuned.loss_after} if tuned else {}
+            self.emit(
+                "block", causal.blocks[index], block=index, blocks=blocks, seconds=seconds, eta_seconds=eta, **losses
+            )
+            if index + 1 < blocks and self.stop():
+                raise Interrupted(
+                    f"stopped after block {index + 1} of {blocks}, which is committed. Repeat the command with "
+                    "--resume to continue; the result will be the same as without the stop."
+                )
+
+    def _quantize_block(
+        self,
+        causal: CausalModel,
+        algorithm: Algorithm,
+        index: int,
+        block: nn.Module,
+        layouts: Mapping[str, Layout],
+        hidden: list[Tensor],
+        kwargs: list[Any],
+        mask: list[Tensor | None],
+        guide: Guide,
+        tuner: BlockTuner | None,
+    ) -> tuple[dict[str, VQWeight], list[MatrixReport], dict[str, Tensor], BlockTuneReport | None]:
+        """Quantize the matrices of a block, tune it if asked to, and put the decoded values into it.
+
+        Returns:
+            The matrices, their reports, the norms that changed by their name in the output, and what tuning did.
+        """
+        prefix = causal.blocks[index] + "."
+        captured = None
+        if hidden and algorithm.needs_hessian:
+            with self.clock.phase("statistics"):
+                names = [name.removeprefix(prefix) for name in layouts]
+                captured = capture.collect(
+                    block,
+                    names,
+                    hidden,
+                    kwargs,
+                    mask,
+                    where=causal.blocks[index],
+                    allow_unused=self.on_bad_hessian == "rtn",
+                    weights={n.removeprefix(prefix): guide.weights[n] for n in layouts if n in guide.weights},
+                    originals=self.originals,
+                )
+                self.originals = captured.originals
+        weights: dict[str, VQWeight] = {}
+        rows: list[MatrixReport] = []
+        hessians: dict[int, Tensor | None] = {}
+        for name in layouts:
+            start = time.perf_counter()
+            hessian = None
+            if captured is not None:
+                accumulator = captured.hessians[name.removeprefix(prefix)]
+                # q/k/v (and gate/up) share an accumulator: one matrix for all of them, one check.
+                if id(accumulator) not in hessians:
+                    hessians = {id(accumulator): self._usable(accumulator, name)}
+                hessian = hessians[id(accumulator)]
+            original, bias = causal.weight(name), causal.bias(name)
+            target = original
+            if hessian is not None and captured is not None and captured.drifts:
+                target = caught_up(original, hessian, captured.drifts[name.removeprefix(prefix)], self.catch_up)
+            with self.clock.phase("quantize"):
+                weight = algorithm.quantize(
+                    target,
+                    layout=layouts[name],
+                    hessian=hessian,
+                    generator=generator(self.seed, name),
+                    bias=bias,
+                    name=name,
+                )
+            with self.clock.phase("decode"):
+                decoded = weight.dequantize()
+                if not bool(torch.isfinite(decoded).all()):
+                    raise NumericalError(
+                        f"{name}: the quantized weight decodes to NaN or infinity. This is a bug; please report it."
+                    )
+                error = proxy_loss(original, decoded, hessian) if hessian is not None else None
+                causal.set_weight(block, name, decoded, weight.bias)
+            seconds = time.perf_counter() - start
+            rows.append(
+                MatrixReport(
+                    name, weight.layout.shape, weight.layout.nominal_bits, weight.bits_per_weight, error, seconds
+                )
+            )
+            weights[name] = weight
+            self.emit(
+                "matrix", name, block=index, module=name, bits=weight.bits_per_weight, error=error, seconds=seconds
+            )
+        if tuner is None:
+            return weights, rows, {}, None
+        with self.clock.phase("tune blocks"):
+            tuned = tuner.tune(index, block, weights, hidden)
+        if tuned is None:
+            return weights, rows, {}, None
+        report = tuned.report
+        self.emit(
+            "phase",
+            f"  tuned in {report.steps} steps: error of the block's output on held-out text {report.loss_before:.5f} "
+            f"before, {report.loss_after:.5f} after",
+        )
+        with self.clock.phase("decode"):
+            for position, (name, weight) in enumerate(tuned.weights.items()):
+                decoded = weight.dequantize()
+                causal.set_weight(block, name, decoded, weight.bias)
+                if rows[position].error is not None and captured is not None:
+                    hessian = captured.hessians[name.removeprefix(prefix)].matrix()
+                    error = proxy_loss(causal.weight(name), decoded, hessian)
+                    rows[position] = replace(rows[position], error=error)
+        return tuned.weights, rows, tuned.norms, report
+
+    def _usable(self, accumulator: Any, name: str) -> Tensor | None:
+        """The Hessian, or None where ``on_bad_hessian`` allows to go on without."""
+        if accumulator.bad_tokens:
+            self.note(f"{name}: left out {accumulator.bad_tokens} non-finite calibration rows")
+        try:
+            accumulator.check(name)
+        except NumericalError as error:
+            if self.on_bad_hessian == "error":
+                raise
+            self.note(f"{name}: quantized without statistics ({error})")
+            return None
+        if accumulator.tokens == 0:
+            self.note(f"{name}: no calibration token reached it; quantized without statistics")
+            return None
+        return accumulator.matrix()

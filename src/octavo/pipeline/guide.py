@@ -1,0 +1,137 @@
+"""What errors cost: the loss's gradients at every matrix, collected before anything is quantized.
+
+To second order, changing the outputs of a layer by d costs KL = 1/2 sum_t sum_j g_tj^2 d_tj^2 with the gradients g of
+the loss on labels that the model drew itself (the Fisher information's diagonal). Two things follow from one pass:
+
+- token weights s_t = mean_j g_tj^2: with H = E[s x x^T] a method spends its errors where the loss does not feel them
+  (GuidedQuant, arXiv 2505.07004);
+- importances: the KL that an error as large as the weights would cost, matrix by matrix, between which bits are shared
+  out (the linearity of HIGGS, arXiv 2411.17525, with gradients in place of measured curves).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from octavo._core.errors import UsageError
+from octavo._core.seeds import generator
+from octavo.algorithms import Algorithm
+from octavo.calibration.gradients import backpropagate, token_weights
+from octavo.math.hessian import HessianAccumulator
+from octavo.models.adapter import CausalModel
+from octavo.pipeline.store import Store
+
+#: What a guide is asked for: weights of the tokens, how bits are shared out, or both.
+Guided = Literal["none", "weights", "bits", "both"]
+#: No token weighs more than so many times the mean.
+_CAP = 10.0
+
+
+@dataclass(frozen=True)
+class Guide:
+    """What one pass over the calibration text found out.
+
+    Attributes:
+        weights: by matrix, the weights s [tokens] float32 of the calibration tokens. Missing are matrices that do not
+            see every token once (experts).
+        importance: by matrix, KL per token (nats) for an error as large as the weights, with error feedback.
+    """
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    importance: dict[str, float] = field(default_factory=dict)
+
+    def put(self, store: Store) -> dict[str, Any]:
+        """Store it; the entry that :meth:`get` wants."""
+        return {"object": store.put_tensors(self.weights), "importance": self.importance}
+
+    @classmethod
+    def get(cls, store: Store, entry: dict[str, Any]) -> Guide:
+        """Read it back."""
+        # Copies of their own: products of mapped, unaligned memory may round differently.
+        weights = {name: tensor.clone() for name, tensor in store.get_tensors(entry["object"]).items()}
+        return cls(weights, entry["importance"])
+
+
+def check_guided(guided: str) -> None:
+    """Refuse what is no :data:`Guided`.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if guided not in get_args(Guided):
+        raise UsageError(f"guided wanted {', '.join(get_args(Guided))}; got {guided!r}")
+
+
+def measure(
+    causal: CausalModel,
+    algorithm: Algorithm,
+    tokens: Tensor,
+    seed: int,
+    folder: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Guide:
+    """Find out what errors of every matrix cost, for a method and calibration tokens [windows, ctx].
+
+    Args:
+        folder: where hidden states of all blocks are kept meanwhile; None keeps them in memory.
+
+    Raises:
+        OctavoError: as :func:`octavo.calibration.gradients.backpropagate`.
+    """
+    collector = _Collector(causal, algorithm, tokens.numel(), seed)
+    labels = generator(seed, "labels")
+    backpropagate(causal, tokens, collector.visit, generator=labels, folder=folder, progress=progress)
+    collector.finish()
+    return collector.guide()
+
+
+def _capped(weights: Tensor) -> Tensor:
+    """Weights of which none is far above the mean.
+
+    The gradients of keys and values sit on few tokens (the first of a window above all); their Hessians would see no
+    others.
+    """
+    return weights.clamp(max=_CAP * float(weights.mean()))
+
+
+class _Collector:
+    """Statistics of the block whose gradients are just arriving, and the results of those that are done."""
+
+    def __init__(self, causal: CausalModel, algorithm: Algorithm, tokens: int, seed: int) -> None:
+        self._causal, self._algorithm, self._tokens, self._seed = causal, algorithm, tokens, seed
+        self._block = -1
+        self._hessians: dict[str, HessianAccumulator] = {}
+        self._weights: dict[str, list[Tensor]] = {}
+        self._importance: dict[str, float] = {}
+
+    def visit(self, block: int, name: str, x: Tensor, g: Tensor) -> None:
+        if block != self._block:
+            self.finish()
+            self._block = block
+        weights = token_weights(g)
+        self._weights.setdefault(name, []).append(weights.cpu())
+        if name not in self._hessians:
+            self._hessians[name] = HessianAccumulator(x.shape[1], device=x.device)
+        self._hessians[name].add(x, weights)
+
+    def finish(self) -> None:
+        """Turn the statistics of a block into importances."""
+        for name, hessian in self._hessians.items():
+            # The sum over tokens per calibration token: experts that few tokens reach matter little.
+            total = hessian.matrix() * (hessian.tokens / self._tokens)
+            weight = self._causal.weight(name)
+            # The same numbers as when it is quantized: transforms draw the same signs.
+            rng = generator(self._seed, name)
+            self._importance[name] = 0.5 * self._algorithm.sensitivity(weight, total, rng, name)
+        self._hessians.clear()
+
+    def guide(self) -> Guide:
+        weights = {name: _capped(torch.cat(parts)) for name, parts in self._weights.items()}
+        complete = {name: s for name, s in weights.items() if s.numel() == self._tokens}
+        return Guide(complete, {name: self._importance[name] for name in sorted(self._importance)})
