@@ -25,6 +25,7 @@ constexpr int64_t kPieceOperations = int64_t{1} << 21;
 AdditiveKernel additive_for(int isa, int v) {
     switch (isa) {
 #if defined(OCTAVO_X86)
+        case OCTAVO_ISA_VBMI:
         case OCTAVO_ISA_AVX512: return additive_avx512(v);
         case OCTAVO_ISA_AVX2: return additive_avx2(v);
 #endif

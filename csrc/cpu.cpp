@@ -15,8 +15,12 @@ int detect() {
     if (IsProcessorFeaturePresent(PF_AVX2_INSTRUCTIONS_AVAILABLE)) return OCTAVO_ISA_AVX2;
 #elif defined(OCTAVO_X86)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return __builtin_cpu_supports("avx512f") ? OCTAVO_ISA_AVX512 : OCTAVO_ISA_AVX2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        if (!__builtin_cpu_supports("avx512f")) return OCTAVO_ISA_AVX2;
+        const bool vbmi = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi");
+        return vbmi ? OCTAVO_ISA_VBMI : OCTAVO_ISA_AVX512;
+    }
 #endif
     return OCTAVO_ISA_BASELINE;
 }

@@ -43,6 +43,7 @@ bool far_from_origin(const float* book, int64_t k, int v, float* mean) {
 Kernel nearest_kernel(int isa, int v) {
     switch (isa) {
 #if defined(OCTAVO_X86)
+        case OCTAVO_ISA_VBMI:
         case OCTAVO_ISA_AVX512: return nearest_avx512(v);
         case OCTAVO_ISA_AVX2: return nearest_avx2(v);
 #endif

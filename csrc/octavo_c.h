@@ -14,7 +14,7 @@
 #endif
 
 /* Changes whenever a signature below does; the Python side refuses any other number. */
-#define OCTAVO_ABI 3
+#define OCTAVO_ABI 4
 
 #define OCTAVO_OK 0
 #define OCTAVO_BAD_ARGUMENT 1
@@ -26,6 +26,7 @@
 #define OCTAVO_ISA_BASELINE 1
 #define OCTAVO_ISA_AVX2 2
 #define OCTAVO_ISA_AVX512 3
+#define OCTAVO_ISA_VBMI 4 /* AVX-512 with BW, DQ, VL and VBMI */
 
 #ifdef __cplusplus
 extern "C" {
@@ -87,6 +88,86 @@ OCTAVO_API int octavo_fit_tiles(const float* points, const float* weights, const
  */
 OCTAVO_API int octavo_pack(const int64_t* codes, int64_t rows, int64_t count, int32_t width, uint32_t* words,
                            int32_t threads);
+
+/* A quantized matrix, regrouped for fast products; freed by octavo_matrix_destroy, which takes NULL as well.
+ *
+ * W = (sum of centroids) * scale between the signs and the block Hadamard transform of the inputs. Row r of `indices`
+ * [out][ceil(ceil(in / v) * code_bits / 32)] holds a code of code_bits = sum of bits[s] for every v consecutive inputs,
+ * that of the first stage in the lowest bits. books: `stages` of them one after the other, [2^bits[s]][v]; v one of
+ * 1, 2, 4, 8; 1 to 4 stages of 1 to 8 bits. scales [out][ceil(in / scale_columns)], scale_columns a multiple of v or not
+ * below in. transform: block size, a power of two that divides in, or 0; signs: a bit per input, set for -1. bias [out]
+ * or NULL. Nothing of what is passed is kept.
+ */
+OCTAVO_API int octavo_matrix_create(int64_t out, int64_t in, int32_t v, int32_t stages, const int32_t* bits,
+                                    const float* books, const uint32_t* indices, int64_t scale_columns,
+                                    const float* scales, int64_t transform, const uint32_t* signs, const float* bias,
+                                    int32_t threads, void** matrix);
+OCTAVO_API void octavo_matrix_destroy(void* matrix);
+
+/* y[i] = W x[i] + bias for x [n][in], y [n][out]. Products with centroids are rounded to 15 bits of the largest sum of
+ * a dozen vectors. The sums of different numbers of threads are rounded differently, those of the same number alike.
+ */
+OCTAVO_API int octavo_matrix_multiply(const void* matrix, const float* x, int64_t n, float* y, int32_t threads,
+                                      int32_t isa);
+
+/* Rows [first, last) of W without the transform, as float32 or as bfloat16, [last - first][in]; first is a multiple of
+ * 64. W x = decoded * transformed, with octavo_matrix_transform for the latter.
+ */
+OCTAVO_API int octavo_matrix_decode(const void* matrix, int64_t first, int64_t last, int32_t bfloat16, void* weights,
+                                    int32_t threads);
+OCTAVO_API int octavo_matrix_transform(const void* matrix, const float* x, int64_t n, float* y, int32_t threads);
+
+/* A linear layer of a decoder: a quantized matrix, which carries its bias, or rows [out][in] of bfloat16 or float32;
+ * one of the three pointers is not NULL.
+ */
+typedef struct {
+    const void* matrix; /* of octavo_matrix_create */
+    const uint16_t* bfloat16;
+    const float* float32;
+    const float* bias; /* [out] or NULL; of a dense layer only */
+    int64_t out, in;
+} octavo_linear;
+
+/* A block of a decoder:
+ *     h += post_attention(output(attend(norm(query x), norm(key x), value x))),  x = attention_norm(h)
+ *     h += post_mlp(down(activation(gate x) * up x)),                            x = mlp_norm(h)
+ * Norms are weights of RMS norms; post_attention, post_mlp, query_norm and key_norm [head_width] may be NULL.
+ */
+typedef struct {
+    const float *attention_norm, *post_attention_norm, *mlp_norm, *post_mlp_norm, *query_norm, *key_norm;
+    octavo_linear query, key, value, output, gate, up, down;
+    const float* frequencies; /* [head_width / 2] of the rotary positions; number i turns with number i + half */
+    float rotary_factor;      /* of sines and cosines */
+    int64_t window;           /* positions that a token sees, itself included, or 0 for all */
+} octavo_block;
+
+typedef struct {
+    int64_t blocks, hidden, heads, key_heads, head_width, intermediate, vocabulary;
+    const octavo_block* block; /* [blocks] */
+    const float* final_norm;   /* [hidden] */
+    octavo_linear embedding;   /* [vocabulary][hidden], dense */
+    octavo_linear head;
+    float epsilon, attention_scale;
+    float attention_cap, logit_cap; /* x becomes cap tanh(x / cap), unless the cap is 0 */
+    float embedding_factor;
+    int32_t activation; /* 0 silu, 1 gelu with tanh */
+} octavo_decoder;
+
+/* What a conversation has seen: keys and values of at most `capacity` tokens, in half floats. Everything that `decoder`
+ * points to must outlive it. Freed by octavo_session_destroy, which takes NULL as well.
+ */
+OCTAVO_API int octavo_session_create(const octavo_decoder* decoder, int64_t capacity, void** session);
+OCTAVO_API void octavo_session_destroy(void* session);
+
+/* Runs n further tokens; `length` of them came before. logits [vocabulary] are those after the last one, or NULL.
+ * OCTAVO_OUT_OF_RANGE: a token that is none, or more than the capacity; nothing has changed then.
+ */
+OCTAVO_API int octavo_session_run(void* session, const int64_t* tokens, int64_t n, int64_t length, float* logits,
+                                  int32_t threads, int32_t isa);
+
+/* Puts keys and values [key_heads][n][head_width] of a block, rotated, into positions [first, first + n). */
+OCTAVO_API int octavo_session_write(void* session, int64_t block, int64_t first, int64_t n, const float* keys,
+                                    const float* values);
 
 /* The inverse of octavo_pack. */
 OCTAVO_API int octavo_unpack(const uint32_t* words, int64_t rows, int64_t count, int32_t width, int64_t* codes,

@@ -142,6 +142,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _exact_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers whether or not a processor multiplies bfloat16 fast; tests/pipeline/test_products.py has the rest."""
+    monkeypatch.setattr("octavo.calibration.products.fast_bfloat16", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """``tiny_model(name)``: folder of a tiny model, built once per session. Do not write into it."""

@@ -41,6 +41,7 @@ class VQLinear(nn.Module):
         self.layout = layout
         self.in_features = layout.shape[1]
         self.out_features = layout.shape[0]
+        self._prepared: tuple[Any, Any] | None = None
         # What a dense layer in this place would have; code such as T5's `wo.weight.dtype` asks for it.
         self._dense_dtype = torch.get_default_dtype()
         for name, (dtype, shape) in layout.tensors().items():
@@ -82,9 +83,32 @@ class VQLinear(nn.Module):
             raise UsageError(f"VQLinear: input wanted floats [.., {self.in_features}], got {x.dtype} {tuple(x.shape)}.")
         name, _ = select.choose(self.layout, x.device)
         kernel = select.registry.get(name)
-        if kernel.slow and not os.environ.get(select.ENVIRONMENT):
+        if not kernel.takes(x):
+            name, kernel = "reference", select.registry.get("reference")
+        elif kernel.slow and not os.environ.get(select.ENVIRONMENT):
             _warn_once(kernel.slow)
-        return kernel.linear(x, self.vq_weight())
+        return kernel.linear(x, self.prepared(name))
+
+    def why_not(self, kernel: str) -> str:
+        """Why a kernel cannot run this layer where it is, or an empty string."""
+        return select.obstacle(kernel, self.layout, self._buffers["indices"].device)  # type: ignore[union-attr]
+
+    def prepared(self, kernel: str) -> Any:
+        """What a kernel made of the tensors, made anew if any of them was replaced or written to."""
+        if not select.registry.get(kernel).prepares:
+            return select.registry.get(kernel).prepare(self.vq_weight())
+        buffers = [self._buffers[name] for name in self.layout.tensors()]
+        state = (
+            kernel,
+            *((id(t), t.data_ptr(), t._version) for t in buffers if t is not None and not t.is_inference()),
+        )
+        if self._prepared is None or self._prepared[0] != state:
+            self._prepared = state, select.registry.get(kernel).prepare(self.vq_weight())
+        return self._prepared[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies prepare for themselves."""
+        return {**self.__dict__, "_prepared": None}
 
     @torch.no_grad()
     def densify(self, dtype: torch.dtype | None = None) -> nn.Linear:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from faults.jobs import digests, make_quick, stop_after
 from octavo import algorithms, formats
-from octavo._core.errors import Interrupted, UsageError
+from octavo._core.errors import FormatError, Interrupted, UsageError
 from octavo._core.seeds import generator
 from octavo.calibration import capture
 from octavo.calibration.gradients import backpropagate
@@ -113,9 +112,29 @@ def test_a_guided_job_continues_with_the_same_bytes_and_measures_once(
     quantize(tiny_llama, tmp_path / "whole", **job)
     with pytest.raises(Interrupted):
         quantize(tiny_llama, tmp_path / "parts", **job, stop=stop_after(1))
-    monkeypatch.setattr("octavo.pipeline._blocks.measure", None)
+    monkeypatch.setattr(guide, "measure", None)
     quantize(tiny_llama, tmp_path / "parts", **job, resume=True)
     assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
+
+
+def test_jobs_of_several_sizes_share_a_guide(
+    tiny_llama: Path, tiny_text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_quick(monkeypatch)
+    file, job = tmp_path / "guide", settings(tiny_text_file)
+    quantize(tiny_llama, tmp_path / "alone", **job)
+    keys = ("method", "guided", "samples", "ctx", "calib", "options")
+    planned = plan(tiny_llama, **{key: job[key] for key in keys}, bits=3.1, guide=file)
+    monkeypatch.setattr(guide, "measure", None)
+    quantize(tiny_llama, tmp_path / "shared", **job, guide=file)
+    assert digests(tmp_path / "shared") == digests(tmp_path / "alone")
+    other = quantize(tiny_llama, tmp_path / "other", **{**job, "bits": 3.1}, guide=file)
+    assert other.bits_per_weight == planned.bits_per_weight > 2.6
+    with pytest.raises(UsageError, match=r"other calibration, shape\."):
+        quantize(tiny_llama, tmp_path / "longer", **{**job, "samples": 5}, guide=file)
+    file.write_bytes(b"something else")
+    with pytest.raises(FormatError, match="no guide"):
+        quantize(tiny_llama, tmp_path / "damaged", **job, guide=file)
 
 
 @pytest.mark.parametrize("change", [{"guided": "weights"}, {"catch_up": 0.25}, {"overrides": {"mlp.down_proj": 3.0}}])
@@ -138,7 +157,7 @@ def test_what_costs_more_gets_more_bits(
         names = [name for i in range(len(causal.blocks)) for name in causal.targets(i)]
         return guide.Guide({}, {name: 100.0 if name.startswith(causal.blocks[1]) else 1.0 for name in names})
 
-    monkeypatch.setattr(import_module("octavo.pipeline.plan"), "measure", biased)
+    monkeypatch.setattr(guide, "measure", biased)
     keys = ("method", "bits", "guided", "samples", "ctx", "calib")
     found = plan(tiny_llama, **{key: settings(tiny_text_file)[key] for key in keys})
     bits = {m.module: m.layout.nominal_bits for m in found.matrices}

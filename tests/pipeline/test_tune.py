@@ -76,7 +76,7 @@ def test_the_divergence_falls_and_neither_indices_nor_sizes_change(
     quantized: Callable[..., Path], tiny_llama: Path, tiny_text_file: Path, tmp_path: Path, method: str
 ) -> None:
     before, out = quantized("llama", method), tmp_path / "out"
-    report = tuned(before, out, tiny_llama, tiny_text_file, steps=20)
+    report = tuned(before, out, tiny_llama, tiny_text_file, steps=30)
     assert report.kl_after < 0.9 * report.kl_before
     assert report.best_step > 0
     old, new = weights(before), weights(out)
@@ -136,7 +136,7 @@ def test_only_the_parts_that_were_asked_for_change(
     modules = formats.check(before).layouts
     for parts in ("norms", "books", "scales,biases"):
         out = tmp_path / parts
-        tuned(before, out, tiny_qwen2, tiny_text_file, steps=2, train=parts, lr=3e-2)
+        tuned(before, out, tiny_qwen2, tiny_text_file, steps=6, train=parts, lr=1e-2)
         written = CheckpointReader(out)
         changed = {n for n in reader.names() if not torch.equal(reader.read(n), written.read(n))}
         found = {part_of(n.rpartition(".")[2]) if n.rpartition(".")[0] in modules else "norms" for n in changed}
@@ -238,11 +238,13 @@ def test_the_gradient_is_that_of_finite_differences(name: str) -> None:
     for key, parameter in layer.named_parameters():
         assert parameter.grad is not None, key
         entries = parameter.grad.abs().flatten().topk(min(3, parameter.numel())).indices.tolist()
+        # Codes of scales' logarithms have large steps, and scales are rounded to float32.
+        width = 2.0**-9 * max(layer.unit(key), 1.0)
         for entry in entries:
             flat = parameter.data.view(-1)
             old, values = float(flat[entry]), []
             for sign in (1, -1):
-                flat[entry] = old + sign * 2.0**-9
+                flat[entry] = old + sign * width
                 values.append((float(flat[entry]), float(loss().detach())))
             flat[entry] = old
             slope = (values[0][1] - values[1][1]) / (values[0][0] - values[1][0])

@@ -20,8 +20,8 @@ from torch.nn import Parameter
 DISABLE = "OCTAVO_NO_CLIB"
 OK, BAD_ARGUMENT, NO_MEMORY, OUT_OF_RANGE = range(4)
 
-_ABI = 3
-_ISA = {1: "baseline", 2: "AVX2 + FMA", 3: "AVX-512"}
+_ABI = 4
+_ISA = {1: "baseline", 2: "AVX2 + FMA", 3: "AVX-512", 4: "AVX-512 VBMI"}
 _NAMES = {"win32": "octavo_c.dll", "darwin": "liboctavo_c.dylib"}
 _REMEDY = (
     "Install a C++17 compiler (g++ or clang++) and run `pip install --force-reinstall .` in Octavo's source folder."
@@ -42,6 +42,18 @@ _SIGNATURES = {
         *(_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT32, _INT64, _INT64),
         *(_POINTER, _POINTER, _INT32, _DOUBLE, _POINTER, _INT32, _INT32),
     ),
+    "octavo_matrix_create": (
+        *(_INT64, _INT64, _INT32, _INT32, _POINTER, _POINTER, _POINTER, _INT64, _POINTER),
+        *(_INT64, _POINTER, _POINTER, _INT32, _POINTER),
+    ),
+    "octavo_matrix_destroy": (_POINTER,),
+    "octavo_matrix_multiply": (_POINTER, _POINTER, _INT64, _POINTER, _INT32, _INT32),
+    "octavo_matrix_decode": (_POINTER, _INT64, _INT64, _INT32, _POINTER, _INT32),
+    "octavo_matrix_transform": (_POINTER, _POINTER, _INT64, _POINTER, _INT32),
+    "octavo_session_create": (_POINTER, _INT64, _POINTER),
+    "octavo_session_destroy": (_POINTER,),
+    "octavo_session_run": (_POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT32, _INT32),
+    "octavo_session_write": (_POINTER, _INT64, _INT64, _INT64, _POINTER, _POINTER),
     "octavo_pack": (_POINTER, _INT64, _INT64, _INT32, _POINTER, _INT32),
     "octavo_unpack": (_POINTER, _INT64, _INT64, _INT32, _POINTER, _INT32),
 }

@@ -132,6 +132,10 @@ class Algorithm(ABC):
             budget = math.floor(self.bits * sum(out * inp for (out, inp), _ in shapes))
         return allocate([candidates[key] for key in shapes], budget, importance, size)
 
+    def stream(self, name: str, shape: tuple[int, int]) -> str:
+        """What the random numbers of a matrix (out, in) depend on, besides the run's seed: by default its name."""
+        return name
+
     @abstractmethod
     def candidates(self, shape: tuple[int, int], bias: bool) -> Iterable[Layout]:
         """The layouts that a matrix of this shape (out, in) may get: a function of the options and the shape alone."""

@@ -36,6 +36,8 @@ class GaussianCoder:
     def __init__(self, layout: Layout, beam: int, device: torch.device, name: str) -> None:
         assert layout.block_scale is not None
         self.layout, self.beam, self.name = layout, beam, name
+        # Error feedback calls with torch confined to one thread, and the search is worth more.
+        self.threads = torch.get_num_threads()
         self.v, self.scale_columns = layout.vector_length, layout.block_scale.columns
         book = get_codebook(layout.codebook)
         books = [book.centroids(stage) for stage in range(len(book.stages))]
@@ -159,7 +161,7 @@ class GaussianCoder:
         if self.signs:
             codes = nearest_tiles(points, self.books[0].unsqueeze(0), points.shape[0], root).unsqueeze(1)
         else:
-            codes = nearest_additive(points, self.books, root, self.beam)
+            codes = nearest_additive(points, self.books, root, self.beam, self.threads)
         decoded = self.books[0].index_select(0, codes[:, 0])
         for stage in range(1, len(self.books)):
             decoded = decoded + self.books[stage].index_select(0, codes[:, stage])

@@ -73,7 +73,7 @@ class Universal(Algorithm):
     scale_bits: int = 8
     beam: int = 64
     passes: int = 1
-    sweeps: int = 3
+    sweeps: int = 2
     damping: float = 0.01
 
     def __post_init__(self) -> None:
@@ -122,6 +122,13 @@ class Universal(Algorithm):
             )
 
     # ---------------------------------------------------------------- quantization
+
+    def stream(self, name: str, shape: tuple[int, int]) -> str:
+        """One draw of signs for all matrices of a width: those that read the same vector share its transform.
+
+        It, and what kernels precompute of it, is then worked out once for q, k and v and once for gate and up.
+        """
+        return f"transform of {shape[1]}"
 
     def sensitivity(self, weight: Tensor, hessian: Tensor, generator: torch.Generator, name: str = "matrix") -> float:
         weight, checked_hessian = checked(weight, hessian, name)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from octavo._core import io
 from octavo._core.errors import NumericalError, ResourceError, UsageError
 from octavo.calibration import capture
+from octavo.calibration.products import calibration_products
 from octavo.models.adapter import CausalModel
 from octavo.models.ending import Ending
 from octavo.models.skeleton import Target
@@ -81,7 +82,8 @@ def backpropagate(
         for index, name in enumerate(causal.blocks):
             kept.put(index, states)
             block = causal.load_block(index)
-            states = capture.forward(block, states, [k[index] for k in inputs.kwargs], name)
+            with calibration_products(causal.source.dtype):
+                states = capture.forward(block, states, [k[index] for k in inputs.kwargs], name)
             causal.release_block(index)
             report(index + 1)
         # From here on `states` holds what there is of d loss / d states, batch by batch.
@@ -94,9 +96,10 @@ def backpropagate(
             block = causal.load_block(index)
             targets = {name.removeprefix(f"{where}."): target for name, target in causal.targets(index).items()}
             for number, arguments in enumerate(inputs.kwargs):
-                found, states[number] = block_gradients(
-                    block, targets, kept.get(index, number), arguments[index], states[number], where
-                )
+                with calibration_products(causal.source.dtype):
+                    found, states[number] = block_gradients(
+                        block, targets, kept.get(index, number), arguments[index], states[number], where
+                    )
                 for name in targets:
                     # Popped, so that none of them outlives its use.
                     visit(index, f"{where}.{name}", *found.pop(name))
@@ -201,7 +204,7 @@ class _Call:
                 "way back. Skip the layer (--skip), or use a method that needs no gradients."
             )
         g = self._g.expand(self._shape)
-        return self._x.reshape(-1, self._x.shape[-1]), g.reshape(-1, g.shape[-1])
+        return self._x.reshape(-1, self._x.shape[-1]).float(), g.reshape(-1, g.shape[-1]).float()
 
 
 def _join(calls: Sequence[_Call], target: Target, like: Tensor, where: str) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -70,6 +71,14 @@ GuidedOption = Annotated[
         help="What is decided by what errors cost in the end (a pass of gradients): the weights of tokens, how bits "
         "are shared out, both or none.",
         show_default="what the method does best with",
+    ),
+]
+GuideFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--guide",
+        metavar="FILE",
+        help="Keep what that pass finds in FILE, or take it from there: jobs of several sizes need it once.",
     ),
 ]
 Preset = Annotated[

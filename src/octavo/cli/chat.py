@@ -27,6 +27,8 @@ from octavo.cli._output import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from octavo.runtime.generate import Conversation as Native
+
 
 def command(
     model: options.Model,
@@ -52,20 +54,21 @@ def command(
     Models without a chat template continue the text that they are given.
     """
     with Output(as_json, quiet) as output:
-        import torch
-
         from octavo.integrations.api import placement
         from octavo.integrations.transformers import load
 
         use_threads(threads)
         quiet_libraries()
         loaded, tokenizer = load(model, *placement(device, dtype), decode.value, trust_remote_code=trust_remote_code)
-        torch.manual_seed(seed)
-        talk = Conversation(loaded, tokenizer, system, max_new_tokens, temperature, top_p, repetition_penalty)
+        talk = Conversation(loaded, tokenizer, system, max_new_tokens, temperature, top_p, repetition_penalty, seed)
+        if prompt is None:
+            output.say(talk.engine)
         turns: list[dict[str, Any]] = []
         for line in [prompt] if prompt is not None else _lines(output):
             turns.append(talk.answer(line, stream=not quiet or not as_json))
-        output.document({"model": model, "seed": seed, "temperature": temperature, "turns": turns})
+        output.document(
+            {"model": model, "seed": seed, "temperature": temperature, "engine": talk.engine, "turns": turns}
+        )
         if prompt is not None and turns[0]["stopped"]:
             raise typer.Exit(Interrupted.exit_code)
 
@@ -89,7 +92,11 @@ def _typed() -> Iterator[str]:
 
 
 class Conversation:
-    """A model, the turns so far, and how to sample the next one."""
+    """A model, the turns so far, and how to sample the next one.
+
+    Attributes:
+        engine: what runs the model, in words.
+    """
 
     def __init__(
         self,
@@ -100,7 +107,12 @@ class Conversation:
         temperature: float,
         top_p: float,
         repetition_penalty: float,
+        seed: int,
     ) -> None:
+        import torch
+
+        from octavo.runtime import decoder, generate
+
         self._model, self._tokenizer = model, tokenizer
         self._has_template = bool(tokenizer.chat_template)
         if system is not None and not self._has_template:
@@ -111,6 +123,13 @@ class Conversation:
         self._sampling: dict[str, Any] = {"do_sample": False, "repetition_penalty": repetition_penalty}
         if temperature > 0:
             self._sampling |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        torch.manual_seed(seed)
+        self._native: generate.Conversation | None = None
+        reason = decoder.why_not(model)
+        self.engine = f"transformers ({reason})" if reason else "native decoder"
+        if not reason:
+            sampling = generate.Sampling(temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty)
+            self._native = generate.Conversation(decoder.NativeDecoder(model), sampling, seed)
 
     def answer(self, text: str, stream: bool = True) -> dict[str, Any]:
         """Answer ``text``, printing tokens as they come if ``stream``.
@@ -130,13 +149,16 @@ class Conversation:
         )
         stopped = False
         try:
-            self._model.generate(
-                **inputs,
-                max_new_tokens=self._max_new_tokens,
-                pad_token_id=self._pad(),
-                streamer=streamer,
-                **self._sampling,
-            )
+            if self._native is not None:
+                self._answer_natively(self._native, inputs["input_ids"], streamer)
+            else:
+                self._model.generate(
+                    **inputs,
+                    max_new_tokens=self._max_new_tokens,
+                    pad_token_id=self._pad(),
+                    streamer=streamer,
+                    **self._sampling,
+                )
         except KeyboardInterrupt:
             stopped = True
             streamer.end()
@@ -151,8 +173,20 @@ class Conversation:
             "stopped": stopped,
         }
 
+    def _answer_natively(self, native: Native, ids: Tensor, streamer: _Keeping) -> None:
+        import torch
+
+        streamer.put(ids)
+        stop = self._model.generation_config.eos_token_id
+        for token in native.answer(ids[0].tolist(), self._max_new_tokens, stop if isinstance(stop, list) else [stop]):
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+
     def _inputs(self, text: str) -> dict[str, Tensor]:
-        room = (getattr(self._model.config, "max_position_embeddings", None) or 1 << 30) - self._max_new_tokens
+        room = getattr(self._model.config, "max_position_embeddings", None) or 1 << 30
+        if self._native is not None:
+            room = self._native.decoder.capacity
+        room -= self._max_new_tokens
         if not self._has_template:
             return self._fitting(self._tokenizer(text, return_tensors="pt"), room)
         self._messages.append({"role": "user", "content": text})

@@ -92,7 +92,7 @@ def command(
         loaded, tokenizer = load(out, *api.placement(None, None), trust_remote_code=trust_remote_code)
         asked = prompt or (PROMPT if tokenizer.chat_template else STORY)
         output.say(f"> {asked}")
-        turn = Conversation(loaded, tokenizer, None, 160, 0.0, 1.0, 1.1).answer(asked, stream=not as_json)
+        turn = Conversation(loaded, tokenizer, None, 160, 0.0, 1.0, 1.1, 0).answer(asked, stream=not as_json)
         seconds["generate"] = time.perf_counter() - began
         output.say()
         parts = ", ".join(f"{name} {duration(took)}" for name, took in seconds.items())

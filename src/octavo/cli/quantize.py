@@ -58,6 +58,7 @@ def command(
     format: options.Format = options.FileFormat.octavo,
     settings: options.Settings = None,
     guided: options.GuidedOption = None,
+    guide: options.GuideFile = None,
     catch_up: Annotated[
         float | None,
         typer.Option(
@@ -129,6 +130,7 @@ def command(
                 side_dtype=side_dtype.value,
                 format=format.value,
                 guided=guided.value if guided else None,
+                guide=guide,
                 catch_up=catch_up,
                 tune_blocks=block_options if tune_blocks or block_options else None,
                 tune=tune_options if tune or tune_options else None,

@@ -19,6 +19,7 @@ from octavo import formats
 from octavo._core.errors import FormatError, ResourceError, UsageError
 from octavo.formats import CONFIG_FILE, CheckpointReader, Quantized, Stored, native
 from octavo.formats.reader import listing
+from octavo.kernels import select
 from octavo.layout import Layout
 from octavo.models import quantized
 from octavo.nn import VQLinear
@@ -173,8 +174,9 @@ def load(
         path: the folder (or anything else that ``octavo quantize`` takes as MODEL, which is then fetched or converted).
         dtype: of everything that is not quantized and of the computation; None takes the one in config.json.
         device_map: as in ``from_pretrained``; None is the CPU.
-        decode: ``packed`` keeps the matrices quantized and decodes them at every call; ``dense`` decodes each once into
-            an ordinary linear layer, which costs the memory of the original model; ``auto`` is dense on the CPU.
+        decode: ``packed`` keeps the matrices quantized; ``dense`` decodes each once into an ordinary linear layer,
+            which costs the memory of the original model; ``auto`` is dense where a matrix has no fast kernel on the
+            CPU.
         trust_remote_code: run the code that comes with the model.
 
     Returns:
@@ -218,12 +220,19 @@ def load(
     on_cpu = {tensor.device.type for tensor in model.parameters()} == {"cpu"}
     if not is_quantized:
         model.octavo_decode = "original"
-    elif decode == "dense" or (decode == "auto" and on_cpu):
+    elif decode == "dense" or (decode == "auto" and on_cpu and not _all_fast(model)):
         model = model.dequantize()
         model.octavo_decode = "dense"
     else:
         model.octavo_decode = "packed"
     return model, tokenizer
+
+
+def _all_fast(model: nn.Module) -> bool:
+    """Whether every quantized matrix has a kernel that somebody would choose."""
+    device = torch.device("cpu")
+    layouts = {module.layout for module in model.modules() if isinstance(module, VQLinear)}
+    return not any(select.registry.get(select.choose(layout, device)[0]).slow for layout in layouts)
 
 
 def _folder(path: str | Path, trust_remote_code: bool) -> Path:

@@ -41,5 +41,5 @@ class Reference(Kernel):
         return ""
 
     @staticmethod
-    def linear(x: Tensor, weight: VQWeight) -> Tensor:
-        return linear(x, weight)
+    def linear(x: Tensor, prepared: VQWeight) -> Tensor:
+        return linear(x, prepared)

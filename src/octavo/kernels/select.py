@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,10 +24,12 @@ class Kernel(ABC):
     Attributes:
         rank: of the kernels that can run, the one with the highest rank does.
         slow: for a kernel that nobody would choose: why it is slow and what to do, shown once as a warning. Else empty.
+        prepares: whether :meth:`prepare` makes something that is worth keeping.
     """
 
     rank: ClassVar[int]
     slow: ClassVar[str] = ""
+    prepares: ClassVar[bool] = False
 
     @staticmethod
     @abstractmethod
@@ -40,8 +42,18 @@ class Kernel(ABC):
         """Why this kernel cannot run ``layout`` on ``device``, or an empty string."""
 
     @staticmethod
+    def takes(x: Tensor) -> bool:
+        """Whether these inputs can be multiplied; the reference kernel takes those that cannot."""
+        return True
+
+    @staticmethod
+    def prepare(weight: VQWeight) -> Any:
+        """What :meth:`linear` wants of a weight, made once and kept as long as its tensors stay what they are."""
+        return weight
+
+    @staticmethod
     @abstractmethod
-    def linear(x: Tensor, weight: VQWeight) -> Tensor:
+    def linear(x: Tensor, prepared: Any) -> Tensor:
         """``x @ W.T + bias``: [.., in_features] to [.., out_features], in the dtype of ``x``."""
 
 
@@ -69,11 +81,11 @@ def choose(layout: Layout, device: torch.device) -> tuple[str, str]:
     if forced:
         if forced not in registry.names():
             raise UsageError(f"{ENVIRONMENT}={forced}: no such kernel; known: {', '.join(registry.names())}.")
-        reason = _obstacle(forced, layout, device)
+        reason = obstacle(forced, layout, device)
         if reason:
             raise UsageError(f"{ENVIRONMENT}={forced} cannot run here: {reason}. Unset it to let Octavo choose.")
         return forced, f"{ENVIRONMENT} is set"
-    obstacles = {name: _obstacle(name, layout, device) for name in registry}
+    obstacles = {name: obstacle(name, layout, device) for name in registry}
     usable = [name for name, obstacle in obstacles.items() if not obstacle]
     best = max(usable, key=lambda name: registry.get(name).rank)
     faster = [f"{n}: {why}" for n, why in obstacles.items() if why and registry.get(n).rank > registry.get(best).rank]
@@ -91,6 +103,7 @@ def table() -> list[Row]:
     return sorted(rows, key=lambda row: -row.rank)
 
 
-def _obstacle(name: str, layout: Layout, device: torch.device) -> str:
+def obstacle(name: str, layout: Layout, device: torch.device) -> str:
+    """Why the kernel of this name cannot run ``layout`` on ``device``, or an empty string."""
     kernel = registry.get(name)
     return kernel.missing() or kernel.why_not(layout, device)

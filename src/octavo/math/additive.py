@@ -18,7 +18,9 @@ _MAX_ELEMENT = 1e30
 _CPU_SCORES, _DEVICE_SCORES = 1 << 20, 1 << 23
 
 
-def nearest_additive(points: Tensor, books: Sequence[Tensor], root: Tensor | None = None, beam: int = 32) -> Tensor:
+def nearest_additive(
+    points: Tensor, books: Sequence[Tensor], root: Tensor | None = None, beam: int = 32, threads: int | None = None
+) -> Tensor:
     """Codes that minimise ``|(points[n] - sum_s books[s][codes[n, s]]) root|^2``, by beam search.
 
     After every stage the ``beam`` best sums of centroids are kept, and each is extended by all centroids of the next
@@ -35,6 +37,7 @@ def nearest_additive(points: Tensor, books: Sequence[Tensor], root: Tensor | Non
             in memory: 4 k_s k_t bytes.
         root: [v, v] float32, or None for the identity.
         beam: sums to keep, 1..65536.
+        threads: of the C++ search; as many as torch uses unless given.
 
     Returns:
         [n, stages] int64 on the device of ``points``.
@@ -57,7 +60,7 @@ def nearest_additive(points: Tensor, books: Sequence[Tensor], root: Tensor | Non
             sizes = torch.tensor([book.shape[0] for book in books], dtype=torch.int64)
             out = torch.empty(n, stages, dtype=torch.int64)
             arguments = (points.data_ptr(), n, v, joined.data_ptr(), sizes.data_ptr(), stages, root_at, beam)
-            clib.call(lib.octavo_nearest_additive, *arguments, out.data_ptr(), clib.threads(), _BEST_ISA)
+            clib.call(lib.octavo_nearest_additive, *arguments, out.data_ptr(), threads or clib.threads(), _BEST_ISA)
             return out
         clib.warn_slow_once("additive codebook search")
     return _search_torch(points, books, root, beam)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from octavo.math.hessian import exact_float32
+from octavo.math.threads import one_thread
 
 #: choose(targets [out, width], first column, root [width, width]) -> (new values [out, width], take), the values that
 #: minimise |(target - value) root|^2; ``take(gains)`` [out], what each row of them lowers the loss by, says which rows
@@ -47,18 +48,20 @@ def coordinate_descent(weight: Tensor, quantized: Tensor, hessian: Tensor, choos
             before = result[:, start:stop].clone()
             # Inside the span every change reaches the rest of the span; beyond it they arrive in one product.
             local = pull[:, start:stop].T.contiguous()
-            for first in range(start, stop, width):
-                last = min(first + width, stop)
-                corner = hessian[first:last, first:last].clone()
-                corner.diagonal().add_(ridge)
-                root = torch.linalg.cholesky(corner)
-                force = local[first - start : last - start]
-                old = result[:, first:last]
-                values, take = choose(old + torch.cholesky_solve(force, root).T, first, root)
-                change = values - old
-                gain = 2 * (force.T * change).sum(dim=1) - (change @ root).square().sum(dim=1)
-                change.mul_(take(gain).unsqueeze(1))
-                old += change
-                local[last - start :].addmm_(hessian[first:last, last:stop].T, change.T, alpha=-1)
+            # On single blocks operations are shorter than waking a second thread.
+            with one_thread():
+                for first in range(start, stop, width):
+                    last = min(first + width, stop)
+                    corner = hessian[first:last, first:last].clone()
+                    corner.diagonal().add_(ridge)
+                    root = torch.linalg.cholesky(corner)
+                    force = local[first - start : last - start]
+                    old = result[:, first:last]
+                    values, take = choose(old + torch.cholesky_solve(force, root).T, first, root)
+                    change = values - old
+                    gain = 2 * (force.T * change).sum(dim=1) - (change @ root).square().sum(dim=1)
+                    change.mul_(take(gain).unsqueeze(1))
+                    old += change
+                    local[last - start :].addmm_(hessian[first:last, last:stop].T, change.T, alpha=-1)
             pull[:, stop:].addmm_(result[:, start:stop] - before, hessian[start:stop, stop:], alpha=-1)
     return result

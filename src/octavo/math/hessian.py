@@ -91,11 +91,12 @@ def check_finite(hessian: Tensor, where: str) -> None:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Full float32 products (no TF32) inside the block; the caller's setting is restored."""
+    """Full float32 products (no TF32, no autocast) inside the block; the caller's setting is restored."""
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     try:
-        yield
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 

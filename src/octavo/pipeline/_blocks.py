@@ -16,12 +16,13 @@ from octavo._core.seeds import generator
 from octavo.algorithms import Algorithm
 from octavo.calibration import capture
 from octavo.calibration.data import Tokens
+from octavo.calibration.products import calibration_products
 from octavo.layout import Layout
 from octavo.math.hessian import caught_up, proxy_loss
 from octavo.models.adapter import CausalModel
 from octavo.pipeline.block_tune import BlockTuneOptions, BlockTuner, BlockTuneReport
 from octavo.pipeline.events import Clock, Progress, Reporter
-from octavo.pipeline.guide import Guide, measure
+from octavo.pipeline.guide import Guide, find
 from octavo.pipeline.plan import Plan
 from octavo.pipeline.store import Store
 from octavo.weight import VQWeight
@@ -56,17 +57,20 @@ class BlockWalk(Reporter):
         self.catch_up = 0.0
         self.originals: list[Tensor] = []
 
-    def guide(self, causal: CausalModel, algorithm: Algorithm, store: Store, tokens: Tokens, work: Path) -> Guide:
-        """What errors cost, found out now or by the run that is resumed."""
+    def guide(
+        self, causal: CausalModel, algorithm: Algorithm, store: Store, tokens: Tokens, work: Path, file: Path | None
+    ) -> Guide:
+        """What errors cost, found out now, by the run that is resumed, or by the job that wrote ``file``."""
         if store.state.guide is None:
-            self.emit("phase", f"finding out what errors cost, on {tokens.ids.numel()} tokens")
+            if file is None or not file.exists():
+                self.emit("phase", f"finding out what errors cost, on {tokens.ids.numel()} tokens")
             with self.clock.phase("gradients"):
 
                 def report(done: int, steps: int) -> None:
                     self.emit("step", "", step=done, steps=steps)
 
-                folder = work / "gradients"
-                found = measure(causal, algorithm, tokens.ids, self.seed, folder, report)
+                where: dict[str, Any] = {"file": file, "folder": work / "gradients"}
+                found = find(causal, algorithm, tokens, self.seed, **where, progress=report)
                 store.commit_guide(found.put(store))
         assert store.state.guide is not None
         return Guide.get(store, store.state.guide)
@@ -122,7 +126,7 @@ class BlockWalk(Reporter):
                 causal, algorithm, index, block, layouts, hidden, kwargs, mask, guide, tuner
             )
             if tokens is not None and index + 1 < blocks:
-                with self.clock.phase("forward"):
+                with self.clock.phase("forward"), calibration_products(causal.source.dtype):
                     hidden = capture.forward(block, hidden, kwargs, causal.blocks[index])
             causal.release_block(index)
             with self.clock.phase("commit"):
@@ -169,7 +173,7 @@ class BlockWalk(Reporter):
         prefix = causal.blocks[index] + "."
         captured = None
         if hidden and algorithm.needs_hessian:
-            with self.clock.phase("statistics"):
+            with self.clock.phase("statistics"), calibration_products(causal.source.dtype):
                 names = [name.removeprefix(prefix) for name in layouts]
                 captured = capture.collect(
                     block,
@@ -204,7 +208,7 @@ class BlockWalk(Reporter):
                     target,
                     layout=layouts[name],
                     hessian=hessian,
-                    generator=generator(self.seed, name),
+                    generator=generator(self.seed, algorithm.stream(name, layouts[name].shape)),
                     bias=bias,
                     name=name,
                 )

@@ -14,11 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from octavo._core.errors import UsageError
 from octavo.formats.reader import listing
+from octavo.math.pack import pack, unpack
 from octavo.stored import decode_codebooks
 from octavo.weight import VQWeight
 
 #: What can be trained.
 PARTS = ("books", "scales", "biases", "norms")
+#: Logarithms of scales are trained as codes that need not be whole; the grid that the codes count in stays.
+_CODE = "block_scale_code"
 
 
 def check_parts(train: Sequence[str]) -> tuple[str, ...]:
@@ -37,7 +40,7 @@ def part_of(tensor: str) -> str | None:
     """Which of :data:`PARTS` a tensor of a layout belongs to; None for indices and other integers, which never move."""
     if tensor.startswith("codebook_") or tensor == "outlier_codebook":
         return "books"
-    if tensor in ("block_scale", "block_scale_low", "block_scale_step", "channel_scale", "channel_offset"):
+    if tensor in ("block_scale", _CODE, "channel_scale", "channel_offset"):
         return "scales"
     return "biases" if tensor == "bias" else None
 
@@ -88,6 +91,10 @@ class TunableLinear(nn.Module):
         name: the module's name, for messages.
     """
 
+    block_scale_code: Tensor
+    block_scale_low: Tensor
+    block_scale_step: Tensor
+
     def __init__(self, weight: VQWeight, train: Sequence[str], name: str) -> None:
         super().__init__()
         self.start = weight
@@ -97,8 +104,14 @@ class TunableLinear(nn.Module):
         #: Keep only the input for the backward pass, and decode the matrix again in it.
         self.decode_again = False
         free = weight.relaxed()
-        self._free = free.layout
-        for key, tensor in free.tensors.items():
+        self._free, tensors = free.layout, dict(free.tensors)
+        block = self._free.block_scale
+        #: Bits of a scale's code, if scales are trained as codes.
+        self._code_bits = block.log2_bits if block is not None and "scales" in train else 0
+        if block is not None and self._code_bits:
+            self._free = replace(self._free, block_scale=replace(block, log2_bits=0))
+            tensors[_CODE] = unpack(tensors[_CODE], self._code_bits, self._free.shape[0]).float()
+        for key, tensor in tensors.items():
             if part_of(key) in train:
                 # A copy: relaxed tensors may be those of the weight, which must stay as they are.
                 self.register_parameter(key, nn.Parameter(tensor.clone()))
@@ -107,7 +120,11 @@ class TunableLinear(nn.Module):
 
     def relaxed(self) -> VQWeight:
         """The weight in float32 before it is rounded to what is stored."""
-        return VQWeight(self._free, {key: getattr(self, key) for key in self._free.tensors()})
+        tensors = {key: getattr(self, key) for key in self._free.tensors() if hasattr(self, key)}
+        if self._code_bits:
+            low, step = self.block_scale_low.unsqueeze(1), self.block_scale_step.unsqueeze(1)
+            tensors["block_scale"] = torch.exp2(low + step * self.block_scale_code).T
+        return VQWeight(self._free, tensors)
 
     def current(self) -> VQWeight:
         """The weight to compute with, in float32."""
@@ -121,7 +138,12 @@ class TunableLinear(nn.Module):
             tensors = _without_rank(tensors, decode_codebooks(self._free, 0, tensors))
             stored = VQWeight(free, _without_rank(stored.tensors, stored.codebook(0)))
             trained.add("codebook_0")
-        rounded = {key: straight_through(tensors[key], stored.tensors[key]) for key in tensors.keys() & trained}
+        if self._code_bits:
+            rounded = {"block_scale": straight_through(tensors["block_scale"], stored.block_scales())}
+            trained.remove(_CODE)
+        else:
+            rounded = {}
+        rounded |= {key: straight_through(tensors[key], stored.tensors[key]) for key in tensors.keys() & trained}
         return VQWeight(free, {**tensors, **rounded})
 
     @torch.no_grad()
@@ -134,23 +156,27 @@ class TunableLinear(nn.Module):
         layout = self.start.layout
         parts = {part_of(key) for key, _ in self.named_parameters(recurse=False)}
         detached = {key: tensor.detach() for key, tensor in self.relaxed().tensors.items()}
-        tensors = VQWeight(self._free, detached).rounded(layout, self.name)
+        free = self._free
+        if self._code_bits:
+            free = replace(free, block_scale=layout.block_scale)
+            codes = self.block_scale_code.detach().round().clamp(0, (1 << self._code_bits) - 1)
+            del detached["block_scale"]
+            detached |= {"block_scale_low": self.block_scale_low, "block_scale_step": self.block_scale_step}
+            detached[_CODE] = pack(codes.long(), self._code_bits)
+        tensors = VQWeight(free, detached).rounded(layout, self.name)
         kept = {key: tensor for key, tensor in self.start.tensors.items() if part_of(key) not in parts}
         return VQWeight(layout, {**tensors.tensors, **kept})
 
     def unit(self, key: str) -> float:
-        """What a learning rate of 1 means for parameter ``key``: its root mean square, or 1 for logarithms of scales.
+        """What a learning rate of 1 means for parameter ``key``: its root mean square, or a factor of 2 for scales'
+        logarithms.
 
         Tensors of zeros (biases, offsets) take the root mean square of the matrix.
         """
         value = getattr(self, key)
-        if key == "block_scale_low":
-            return 1.0
-        if key == "block_scale_step":
-            block = self._free.block_scale
-            assert block is not None
-            # Codes multiply it, half of the largest one on average.
-            return 2.0 / ((1 << block.log2_bits) - 1)
+        if key == _CODE:
+            # Where all scales are equal, nothing depends on the codes.
+            return 1.0 / (float(self.block_scale_step.mean()) or 1.0)
         return root_mean_square(value) or root_mean_square(self.start.dequantize()) or 1.0
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,17 +11,23 @@ the loss on labels that the model drew itself (the Fisher information's diagonal
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from octavo._core.errors import UsageError
+from octavo._core import io
+from octavo._core.config import to_dict
+from octavo._core.errors import FormatError, UsageError
 from octavo._core.seeds import generator
 from octavo.algorithms import Algorithm
+from octavo.calibration.data import Tokens
 from octavo.calibration.gradients import backpropagate, token_weights
 from octavo.math.hessian import HessianAccumulator
 from octavo.models.adapter import CausalModel
@@ -31,6 +37,8 @@ from octavo.pipeline.store import Store
 Guided = Literal["none", "weights", "bits", "both"]
 #: No token weighs more than so many times the mean.
 _CAP = 10.0
+#: Where the header of a guide's file has what is no tensor.
+_HEADER = "octavo_guide"
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,33 @@ class Guide:
         weights = {name: tensor.clone() for name, tensor in store.get_tensors(entry["object"]).items()}
         return cls(weights, entry["importance"])
 
+    def save(self, path: Path, identity: dict[str, Any]) -> None:
+        """Write it to a file of its own, atomically, with what it is a guide to."""
+        header = json.dumps({"identity": identity, "importance": self.importance}, sort_keys=True)
+        io.write_bytes(path, save(self.weights, {_HEADER: header}))
+
+    @classmethod
+    def load(cls, path: Path, identity: dict[str, Any]) -> Guide:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FormatError: the file is no guide.
+            UsageError: it is one to another job; says what differs.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})[_HEADER])
+                weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            theirs, importance = header["identity"], header["importance"]
+        except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+            raise FormatError(f"{path} is no guide that --guide wrote: {error}") from error
+        if differing := [key for key in identity if theirs.get(key) != identity[key]]:
+            raise UsageError(
+                f"{path} is the guide of a job with other {', '.join(differing)}. Give another --guide file, or delete "
+                "this one to have it made anew."
+            )
+        return cls(weights, importance)
+
 
 def check_guided(guided: str) -> None:
     """Refuse what is no :data:`Guided`.
@@ -66,6 +101,42 @@ def check_guided(guided: str) -> None:
     """
     if guided not in get_args(Guided):
         raise UsageError(f"guided wanted {', '.join(get_args(Guided))}; got {guided!r}")
+
+
+def find(
+    causal: CausalModel,
+    algorithm: Algorithm,
+    tokens: Tokens,
+    seed: int,
+    *,
+    file: Path | None = None,
+    folder: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Guide:
+    """The guide of a job: read from ``file`` if that is there, else measured, and written to ``file`` if one is given.
+
+    It does not depend on the bits asked for, so jobs of many sizes can share one.
+
+    Raises:
+        FormatError, UsageError: as :meth:`Guide.load`.
+        OctavoError: as :func:`measure`.
+    """
+    options = to_dict(algorithm)
+    del options["bits"]
+    identity = {
+        "model": causal.fingerprint(),
+        "calibration": tokens.sha256,
+        "shape": list(tokens.ids.shape),
+        "seed": seed,
+        "method": algorithm.name,
+        "options": json.loads(json.dumps(options)),
+    }
+    if file is not None and file.exists():
+        return Guide.load(file, identity)
+    found = measure(causal, algorithm, tokens.ids, seed, folder, progress)
+    if file is not None:
+        found.save(file, identity)
+    return found
 
 
 def measure(
@@ -127,7 +198,8 @@ class _Collector:
             total = hessian.matrix() * (hessian.tokens / self._tokens)
             weight = self._causal.weight(name)
             # The same numbers as when it is quantized: transforms draw the same signs.
-            rng = generator(self._seed, name)
+            shape = (weight.shape[0], weight.shape[1])
+            rng = generator(self._seed, self._algorithm.stream(name, shape))
             self._importance[name] = 0.5 * self._algorithm.sensitivity(weight, total, rng, name)
         self._hessians.clear()
 

@@ -23,7 +23,7 @@ from octavo.layout import Layout, SideDtype
 from octavo.models import skeleton
 from octavo.models.adapter import CausalModel
 from octavo.models.source import resolve
-from octavo.pipeline.guide import check_guided, measure
+from octavo.pipeline.guide import check_guided, find
 from octavo.pipeline.output import Contents
 
 AUTO, DEFAULT_BITS = "auto", 2.25
@@ -116,6 +116,7 @@ def plan(
     format: str = "octavo",
     overrides: Mapping[str, float] | None = None,
     guided: str = "none",
+    guide: str | Path | None = None,
     calib: str | Path = "bundled",
     seed: int = 0,
     tensor_parallel: int = 1,
@@ -129,6 +130,7 @@ def plan(
     Args:
         guided: ``bits`` or ``both`` runs the pass of gradients that :func:`octavo.quantize` would run, on the same text
             (``calib``, ``samples``, ``ctx``, ``seed``); bits are shared out as there, and a KL is predicted.
+        guide: a file for what that pass found out, which :func:`octavo.quantize` takes too.
         progress: called with (steps done, steps) of that pass.
 
     Raises:
@@ -147,7 +149,8 @@ def plan(
     importance = None
     if guided in ("bits", "both"):
         tokens = calibration(causal, str(calib), samples, ctx, seed)
-        importance = measure(causal, algorithm, tokens.ids, seed, None, progress).importance
+        file = None if guide is None else Path(guide)
+        importance = find(causal, algorithm, tokens, seed, file=file, progress=progress).importance
     return plan_model(causal, algorithm, samples, ctx, tensor_parallel, form, importance, overrides)
 
 

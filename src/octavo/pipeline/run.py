@@ -87,6 +87,7 @@ def quantize(
     format: str = "octavo",
     overrides: Mapping[str, float] | None = None,
     guided: Guided | None = None,
+    guide: str | Path | None = None,
     catch_up: float | None = None,
     tune_blocks: Mapping[str, Any] | None = None,
     tune: Mapping[str, Any] | None = None,
@@ -120,6 +121,8 @@ def quantize(
         guided: what is decided by what errors cost in the end, found out by one pass of gradients through the original
             (:mod:`octavo.pipeline.guide`): the ``weights`` of the calibration tokens, how ``bits`` are shared out
             between the matrices, ``both`` or ``none``. None: the method decides.
+        guide: a file for what that pass found out: read if it is there, written otherwise. Jobs that differ in bits or
+            size alone can share one.
         catch_up: how far, 0 to 1, a matrix aims at the original's outputs on the original's inputs, although it reads
             what the quantized blocks before it pass on. None: the method decides.
         tune_blocks: options of the tuning of every block right after its matrices are quantized, see
@@ -201,18 +204,18 @@ def quantize(
                 io.require_space(job.out.parent, size, "the job (output and work)")
                 _preflight(causal, the_plan)
                 store.create()
-        guide = Guide()
+        found = Guide()
         if guided != "none" and tokens is not None:
-            guide = job.guide(causal, algorithm, store, tokens, work)
+            found = job.guide(causal, algorithm, store, tokens, work, None if guide is None else Path(guide))
             if guided in ("bits", "both"):
                 the_plan = plan_model(
-                    causal, algorithm, samples, ctx, form=form, importance=guide.importance, overrides=overrides
+                    causal, algorithm, samples, ctx, form=form, importance=found.importance, overrides=overrides
                 )
                 kl = f"{the_plan.predicted_kl:.4f}"
                 job.emit("phase", f"predicted KL per token at {the_plan.bits_per_weight:.3f} bits per weight: {kl}")
             if guided == "bits":
-                guide.weights.clear()
-        job.run_blocks(causal, algorithm, the_plan, store, tokens, guide, block_options)
+                found.weights.clear()
+        job.run_blocks(causal, algorithm, the_plan, store, tokens, found, block_options)
         finished = job.out if tuning is None else work / "quantized"
         job.emit("phase", f"writing and verifying {finished}")
         with job.clock.phase("write"):

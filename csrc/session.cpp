@@ -1,0 +1,337 @@
+// The decoder of the Llama family, one call per token: everything between the token and its logits on one team of threads.
+//
+// Every thread keeps its own copy of the hidden state and works out norms by itself; what is shared is cut by output
+// rows or by heads, with a barrier before it is read.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+#include <new>
+#include <vector>
+
+#include "cpu.h"
+#include "matrix.h"
+#include "octavo_c.h"
+#include "ops.h"
+
+namespace octavo {
+namespace {
+
+using Linear = octavo_linear;
+
+const Matrix* quantized(const Linear& layer) { return static_cast<const Matrix*>(layer.matrix); }
+
+struct Session {
+    octavo_decoder d;
+    std::vector<octavo_block> blocks;
+    int64_t capacity;
+    Bytes keys, values;  // [blocks][key_heads][capacity][head_width] half floats
+
+    int64_t at(int64_t block, int64_t head, int64_t position) const {
+        return ((block * d.key_heads + head) * capacity + position) * d.head_width;
+    }
+    uint16_t* key(int64_t block, int64_t head, int64_t position) const {
+        return reinterpret_cast<uint16_t*>(keys.get()) + at(block, head, position);
+    }
+    uint16_t* value(int64_t block, int64_t head, int64_t position) const {
+        return reinterpret_cast<uint16_t*>(values.get()) + at(block, head, position);
+    }
+};
+
+// The largest sizes of all layers, for the scratch of a run.
+struct Sizes {
+    int64_t padded_in = 0, rows = 0, scratch = 0;
+    void add(const Linear& layer, int64_t columns) {
+        if (layer.matrix == nullptr) return;
+        const LookUp& l = quantized(layer)->look_up;
+        padded_in = std::max(padded_in, l.padded_in);
+        rows = std::max(rows, l.rows);
+        scratch = std::max(scratch, scratch_bytes(l, columns));
+    }
+};
+
+// What a thread has for itself: hidden states, what a layer reads, scores of attention.
+struct Own {
+    std::vector<float> h, x, scores;
+};
+
+// What the threads of a run share. Vectors of all columns stand one after the other.
+struct Shared {
+    std::vector<float> query, key, value, attended, gate, up, moved;
+    std::vector<Own> own;
+};
+
+struct Target {
+    const Linear* layer;
+    float* y;
+};
+
+class Run {
+   public:
+    Run(const Session& session, const int64_t* tokens, int64_t columns, int64_t length, float* logits, int isa,
+        Shared& shared, std::vector<Workspace>& spaces)
+        : s_(session), d_(session.d), tokens_(tokens), columns_(columns), length_(length), logits_(logits),
+          ops_(ops_for(isa)), accumulate_(accumulate_for(isa)), shared_(shared), spaces_(spaces) {}
+
+    // Called by every thread of the team.
+    void thread(int rank, Team& team) const {
+        const int64_t hidden = d_.hidden;
+        Own& own = shared_.own[static_cast<size_t>(rank)];
+        std::vector<float>&h = own.h, &x = own.x;
+        for (int64_t c = 0; c < columns_; ++c) embed(tokens_[c], h.data() + c * hidden);
+        for (int64_t b = 0; b < d_.blocks; ++b) {
+            const octavo_block& block = s_.blocks[b];
+            norm(h.data(), block.attention_norm, x.data());
+            linear({{&block.query, shared_.query.data()}, {&block.key, shared_.key.data()},
+                    {&block.value, shared_.value.data()}}, x.data(), rank, team);
+            remember(b, rank, team);
+            team.barrier();
+            attend(b, own.scores.data(), rank, team);
+            team.barrier();
+            linear({{&block.output, shared_.moved.data()}}, shared_.attended.data(), rank, team);
+            add(block.post_attention_norm, h.data(), x.data());
+            norm(h.data(), block.mlp_norm, x.data());
+            linear({{&block.gate, shared_.gate.data()}, {&block.up, shared_.up.data()}}, x.data(), rank, team);
+            activate(rank, team);
+            team.barrier();
+            linear({{&block.down, shared_.moved.data()}}, shared_.gate.data(), rank, team);
+            add(block.post_mlp_norm, h.data(), x.data());
+        }
+        if (logits_ == nullptr) return;
+        const float* last = h.data() + (columns_ - 1) * hidden;
+        ops_.rms_norm(last, d_.final_norm, hidden, d_.epsilon, x.data());
+        linear({{&d_.head, logits_}}, x.data(), rank, team, 1);
+        if (d_.logit_cap == 0.0f) return;
+        int64_t first, end;
+        team.share(d_.vocabulary, 16, rank, &first, &end);
+        for (int64_t i = first; i < end; ++i) logits_[i] = d_.logit_cap * std::tanh(logits_[i] / d_.logit_cap);
+    }
+
+   private:
+    void embed(int64_t token, float* h) const {
+        for (int64_t i = 0; i < d_.hidden; ++i) {
+            if (d_.embedding.float32 != nullptr) {
+                h[i] = d_.embedding.float32[token * d_.hidden + i];
+            } else {
+                const uint32_t bits = static_cast<uint32_t>(d_.embedding.bfloat16[token * d_.hidden + i]) << 16;
+                std::memcpy(h + i, &bits, sizeof bits);
+            }
+            h[i] *= d_.embedding_factor;
+        }
+    }
+
+    void norm(const float* h, const float* weight, float* x) const {
+        for (int64_t c = 0; c < columns_; ++c)
+            ops_.rms_norm(h + c * d_.hidden, weight, d_.hidden, d_.epsilon, x + c * d_.hidden);
+    }
+
+    // h += shared_.moved, normed if there is a weight. Every thread does all of it for itself.
+    void add(const float* weight, float* h, float* x) const {
+        const float* y = shared_.moved.data();
+        if (weight != nullptr) {
+            norm(y, weight, x);
+            y = x;
+        }
+        for (int64_t i = 0; i < columns_ * d_.hidden; ++i) h[i] += y[i];
+    }
+
+    // All layers that read the same x. Their outputs are complete, and may be read by all, at the end.
+    void linear(std::initializer_list<Target> targets, const float* x, int rank, Team& team, int64_t columns = 0) const {
+        if (columns == 0) columns = columns_;
+        int64_t number = 0;
+        const Matrix* moved_by = nullptr;
+        for (const Target& target : targets) {
+            if (target.layer->matrix == nullptr) continue;
+            const Matrix& m = *quantized(*target.layer);
+            const bool again = moved_by != nullptr && moved_by->input == m.input;
+            start_product(m, x, columns, again ? spaces_[0].x(rank) : nullptr, rank, team, spaces_[number], accumulate_);
+            if (number++ == 0) moved_by = &m;
+        }
+        if (number > 0) team.barrier();
+        number = 0;
+        for (const Target& target : targets) {
+            const Linear& layer = *target.layer;
+            int64_t first, last;
+            team.share(layer.out, 16, rank, &first, &last);
+            if (layer.matrix != nullptr) {
+                finish_product(*quantized(layer), columns, first, last, team, spaces_[number++], target.y);
+                continue;
+            }
+            for (int64_t c = 0; c < columns; ++c) {
+                float* y = target.y + c * layer.out;
+                if (layer.float32 != nullptr) {
+                    ops_.dense_float32(layer.float32, layer.in, x + c * layer.in, first, last, y);
+                } else {
+                    ops_.dense_bfloat16(layer.bfloat16, layer.in, x + c * layer.in, first, last, y);
+                }
+                if (layer.bias != nullptr)
+                    for (int64_t r = first; r < last; ++r) y[r] += layer.bias[r];
+            }
+        }
+        team.barrier();
+    }
+
+    void rotate(const octavo_block& block, int64_t position, float* head) const {
+        const int64_t half = d_.head_width / 2;
+        for (int64_t i = 0; i < half; ++i) {
+            const float angle = static_cast<float>(position) * block.frequencies[i];
+            const float cosine = std::cos(angle) * block.rotary_factor, sine = std::sin(angle) * block.rotary_factor;
+            const float low = head[i], high = head[i + half];
+            head[i] = low * cosine - high * sine;
+            head[i + half] = high * cosine + low * sine;
+        }
+    }
+
+    // Keys and values of the new tokens into the cache.
+    void remember(int64_t b, int rank, Team& team) const {
+        const octavo_block& block = s_.blocks[b];
+        const int64_t width = d_.head_width;
+        int64_t first, last;
+        team.share(d_.key_heads * columns_, 1, rank, &first, &last);
+        for (int64_t i = first; i < last; ++i) {
+            const int64_t c = i / d_.key_heads, head = i % d_.key_heads;
+            float* key = shared_.key.data() + (c * d_.key_heads + head) * width;
+            if (block.key_norm != nullptr) ops_.rms_norm(key, block.key_norm, width, d_.epsilon, key);
+            rotate(block, length_ + c, key);
+            ops_.to_half(key, width, s_.key(b, head, length_ + c));
+            ops_.to_half(shared_.value.data() + (c * d_.key_heads + head) * width, width,
+                         s_.value(b, head, length_ + c));
+        }
+    }
+
+    void attend(int64_t b, float* scores, int rank, Team& team) const {
+        const octavo_block& block = s_.blocks[b];
+        const int64_t width = d_.head_width, group = d_.heads / d_.key_heads;
+        int64_t first, last;
+        team.share(d_.heads * columns_, 1, rank, &first, &last);
+        for (int64_t i = first; i < last; ++i) {
+            const int64_t c = i / d_.heads, head = i % d_.heads, position = length_ + c;
+            float* query = shared_.query.data() + (c * d_.heads + head) * width;
+            if (block.query_norm != nullptr) ops_.rms_norm(query, block.query_norm, width, d_.epsilon, query);
+            rotate(block, position, query);
+            const int64_t oldest = block.window > 0 ? std::max<int64_t>(position + 1 - block.window, 0) : 0;
+            ops_.attend({query, s_.key(b, head / group, oldest), s_.value(b, head / group, oldest),
+                         position + 1 - oldest, width, d_.attention_scale, d_.attention_cap, scores,
+                         shared_.attended.data() + (c * d_.heads + head) * width});
+        }
+    }
+
+    void activate(int rank, Team& team) const {
+        int64_t first, last;
+        team.share(columns_ * d_.intermediate, 16, rank, &first, &last);
+        ops_.gated(shared_.gate.data() + first, shared_.up.data() + first, last - first, d_.activation);
+    }
+
+    const Session& s_;
+    const octavo_decoder& d_;
+    const int64_t* tokens_;
+    int64_t columns_, length_;
+    float* logits_;
+    const Ops& ops_;
+    Accumulate accumulate_;
+    Shared& shared_;
+    std::vector<Workspace>& spaces_;
+};
+
+bool fits(const Linear& layer, int64_t out, int64_t in) {
+    if (layer.out != out || layer.in != in) return false;
+    if (layer.matrix == nullptr) return layer.bfloat16 != nullptr || layer.float32 != nullptr;
+    return quantized(layer)->out == out && quantized(layer)->in == in;
+}
+
+bool complete(const octavo_decoder& d) {
+    if (d.blocks < 1 || d.hidden < 1 || d.heads < 1 || d.key_heads < 1 || d.heads % d.key_heads != 0) return false;
+    if (d.head_width < 2 || d.head_width % 2 != 0 || d.intermediate < 1 || d.vocabulary < 1) return false;
+    if (d.final_norm == nullptr || d.block == nullptr || d.embedding.matrix != nullptr) return false;
+    const int64_t wide = d.heads * d.head_width, narrow = d.key_heads * d.head_width;
+    for (int64_t b = 0; b < d.blocks; ++b) {
+        const octavo_block& block = d.block[b];
+        if (block.attention_norm == nullptr || block.mlp_norm == nullptr || block.frequencies == nullptr) return false;
+        if (!fits(block.query, wide, d.hidden) || !fits(block.key, narrow, d.hidden)) return false;
+        if (!fits(block.value, narrow, d.hidden) || !fits(block.output, d.hidden, wide)) return false;
+        if (!fits(block.gate, d.intermediate, d.hidden) || !fits(block.up, d.intermediate, d.hidden)) return false;
+        if (!fits(block.down, d.hidden, d.intermediate)) return false;
+    }
+    return fits(d.head, d.vocabulary, d.hidden) && fits(d.embedding, d.vocabulary, d.hidden);
+}
+
+}  // namespace
+}  // namespace octavo
+
+using octavo::Session;
+
+extern "C" {
+
+int octavo_session_create(const octavo_decoder* decoder, int64_t capacity, void** session) {
+    using namespace octavo;
+    *session = nullptr;
+    if (!complete(*decoder) || capacity < 1) return OCTAVO_BAD_ARGUMENT;
+    try {
+        std::unique_ptr<Session> made(new Session);
+        made->d = *decoder;
+        made->blocks.assign(decoder->block, decoder->block + decoder->blocks);
+        made->capacity = capacity;
+        const int64_t bytes = decoder->blocks * decoder->key_heads * capacity * decoder->head_width * 2;
+        made->keys = aligned_bytes(bytes);
+        made->values = aligned_bytes(bytes);
+        *session = made.release();
+    } catch (const std::bad_alloc&) {
+        return OCTAVO_NO_MEMORY;
+    }
+    return OCTAVO_OK;
+}
+
+void octavo_session_destroy(void* session) { delete static_cast<Session*>(session); }
+
+int octavo_session_run(void* session, const int64_t* tokens, int64_t n, int64_t length, float* logits, int32_t threads,
+                       int32_t isa) {
+    using namespace octavo;
+    const Session& s = *static_cast<const Session*>(session);
+    const octavo_decoder& d = s.d;
+    if (isa == OCTAVO_ISA_BEST) isa = best_isa();
+    if (isa < OCTAVO_ISA_BASELINE || isa > best_isa() || n < 1 || length < 0 || threads < 1) return OCTAVO_BAD_ARGUMENT;
+    if (length + n > s.capacity) return OCTAVO_OUT_OF_RANGE;
+    for (int64_t i = 0; i < n; ++i)
+        if (tokens[i] < 0 || tokens[i] >= d.vocabulary) return OCTAVO_OUT_OF_RANGE;
+    try {
+        const int64_t most = std::min<int64_t>(n, kColumns);
+        Sizes sizes;
+        for (const octavo_block& b : s.blocks)
+            for (const Linear* layer : {&b.query, &b.key, &b.value, &b.output, &b.gate, &b.up, &b.down})
+                sizes.add(*layer, most);
+        sizes.add(d.head, 1);
+        std::vector<Workspace> spaces;
+        for (int i = 0; i < 3; ++i) spaces.emplace_back(threads, most, sizes.padded_in, sizes.rows, sizes.scratch);
+        const auto numbers = [&](int64_t width) { return std::vector<float>(static_cast<size_t>(most * width)); };
+        const int64_t wide = d.heads * d.head_width, narrow = d.key_heads * d.head_width;
+        Shared shared{numbers(wide),           numbers(narrow),         numbers(narrow),  numbers(wide),
+                      numbers(d.intermediate), numbers(d.intermediate), numbers(d.hidden), {}};
+        const Own own{numbers(d.hidden), numbers(d.hidden), std::vector<float>(static_cast<size_t>(length + n))};
+        shared.own.assign(static_cast<size_t>(threads), own);
+        Team::run(threads, [&](int rank, Team& team) {
+            for (int64_t first = 0; first < n; first += most) {
+                const int64_t columns = std::min(most, n - first);
+                float* wanted = first + columns == n ? logits : nullptr;
+                Run(s, tokens + first, columns, length + first, wanted, isa, shared, spaces).thread(rank, team);
+                team.barrier();
+            }
+        });
+    } catch (const std::bad_alloc&) {
+        return OCTAVO_NO_MEMORY;
+    }
+    return OCTAVO_OK;
+}
+
+int octavo_session_write(void* session, int64_t block, int64_t first, int64_t n, const float* keys,
+                         const float* values) {
+    const Session& s = *static_cast<const Session*>(session);
+    if (block < 0 || block >= s.d.blocks || first < 0 || n < 0) return OCTAVO_BAD_ARGUMENT;
+    if (first + n > s.capacity) return OCTAVO_OUT_OF_RANGE;
+    const octavo::Ops& ops = octavo::ops_for(octavo::best_isa());
+    for (int64_t head = 0; head < s.d.key_heads; ++head) {
+        ops.to_half(keys + head * n * s.d.head_width, n * s.d.head_width, s.key(block, head, first));
+        ops.to_half(values + head * n * s.d.head_width, n * s.d.head_width, s.value(block, head, first));
+    }
+    return OCTAVO_OK;
+}
+}

@@ -1,0 +1,276 @@
+"""The native decoder: a loaded model of the Llama family, one call of the C++ library per token.
+
+It shares the weights of the transformers model that it is made from - packed matrices, embedding, norms - and keeps a
+cache of keys and values that survives between turns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo._core import clib
+from octavo._core.errors import ResourceError, UsageError
+from octavo.kernels.lookup import PackedMatrix
+from octavo.nn import VQLinear
+from octavo.runtime import _structs as structs
+
+_BEST_ISA = 0
+#: Architectures whose blocks are those of ``octavo_block``; tests hold each of them to transformers.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
+_ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
+#: Rotary positions whose frequencies do not depend on the length.
+_ROPES = ("default", "linear", "llama3")
+#: Prompts from this length on are read by transformers, whose products of decoded matrices are faster then.
+_LONG_PROMPT = 24
+_NORMS = {
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "query_norm": "self_attn.q_norm",
+    "key_norm": "self_attn.k_norm",
+}
+#: Gemma 2 norms what a block adds, too, and calls the norms by other names.
+_FOUR_NORMS = {
+    "attention_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "post_mlp_norm": "post_feedforward_layernorm",
+}
+_LAYERS = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "output": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+
+def why_not(model: Any) -> str:
+    """Why a loaded model cannot run natively, or an empty string."""
+    if missing := clib.why_missing():
+        return missing
+    config = model.config.get_text_config()
+    if config.model_type not in FAMILIES:
+        return f"{config.model_type} is none of the architectures that run natively ({', '.join(FAMILIES)})"
+    if {tensor.device.type for tensor in model.parameters()} != {"cpu"}:
+        return "the native decoder runs on the CPU"
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in _ROPES:
+        return f"rotary positions of type {rope} change with the length of the text"
+    if _activation(config) not in _ACTIVATIONS:
+        return f"activation {_activation(config)} is none of {', '.join(_ACTIVATIONS)}"
+    if any(kind not in ("full_attention", "sliding_attention") for kind in getattr(config, "layer_types", None) or ()):
+        return "it has layers that are neither full nor sliding attention"
+    for name, layer in model.named_modules():
+        if isinstance(layer, VQLinear) and (reason := layer.why_not("lookup")):
+            return f"{name}: {reason}"
+        if not isinstance(layer, VQLinear | nn.Linear) and name.endswith("_proj"):
+            return f"{name} is a {type(layer).__name__}"
+    return ""
+
+
+def _activation(config: Any) -> str:
+    return getattr(config, "hidden_activation", None) or config.hidden_act
+
+
+class NativeDecoder:
+    """Runs a model's tokens one after the other, with a cache for ``capacity`` of them.
+
+    Args:
+        model: a transformers model on the CPU that :func:`why_not` has nothing against.
+        capacity: tokens that a conversation may have; None takes what the model was made for, at most 4096.
+        threads: of the C++ library; None takes as many as torch uses.
+
+    Attributes:
+        length: tokens that the cache holds.
+        capacity: tokens that it can hold.
+        bytes_per_token: weights that a token reads; keys and values come on top.
+
+    Raises:
+        UsageError: the model cannot run natively.
+        ResourceError: the cache does not fit into memory.
+    """
+
+    def __init__(self, model: Any, capacity: int | None = None, threads: int | None = None) -> None:
+        if reason := why_not(model):
+            raise UsageError(f"{type(model).__name__} cannot run natively: {reason}.")
+        self.model, self.threads = model, threads
+        config = model.config.get_text_config()
+        self.capacity = capacity or min(getattr(config, "max_position_embeddings", None) or 4096, 4096)
+        self.length = 0
+        self.bytes_per_token = 0
+        self._kept: list[Any] = []
+        self._vocabulary = model.get_output_embeddings().weight.shape[0]
+        decoder = self._decoder(config)
+        handle = ctypes.c_void_p()
+        lib = clib.library()
+        assert lib is not None
+        try:
+            clib.call(lib.octavo_session_create, ctypes.addressof(decoder), self.capacity, ctypes.addressof(handle))
+        except MemoryError as error:
+            raise ResourceError(
+                f"the cache of keys and values for {self.capacity} tokens does not fit into memory; use fewer."
+            ) from error
+        self._session = handle.value
+        weakref.finalize(self, lib.octavo_session_destroy, self._session)
+
+    # ---------------------------------------------------------------- running
+
+    def run(self, tokens: Tensor) -> Tensor:
+        """Add tokens [n] to the conversation; logits [vocabulary], float32, after the last one.
+
+        Raises:
+            UsageError: no token, one that the vocabulary lacks, or more than the cache has room for.
+        """
+        tokens = tokens.to(torch.int64).contiguous()
+        if tokens.ndim != 1 or tokens.numel() == 0:
+            raise UsageError(f"run: tokens wanted [n >= 1], got shape {list(tokens.shape)}.")
+        if self.length + tokens.numel() > self.capacity:
+            raise UsageError(
+                f"the conversation has {self.length} tokens and {tokens.numel()} more, but its cache has room for "
+                f"{self.capacity}; make a decoder with a larger capacity."
+            )
+        if self.length == 0 and tokens.numel() >= _LONG_PROMPT:
+            return self._read_prompt(tokens)
+        lib = clib.library()
+        assert lib is not None
+        logits = torch.empty(self._vocabulary)
+        status = clib.call(
+            lib.octavo_session_run,
+            *(self._session, tokens.data_ptr(), tokens.numel(), self.length, logits.data_ptr()),
+            *(self.threads or clib.threads(), _BEST_ISA),
+        )
+        if status == clib.OUT_OF_RANGE:
+            raise UsageError(f"run: a token is not in 0..{self._vocabulary - 1}.")
+        self.length += tokens.numel()
+        return logits
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens."""
+        if not 0 <= length <= self.length:
+            raise UsageError(f"rewind: length wanted 0..{self.length}, got {length}.")
+        self.length = length
+
+    @torch.inference_mode()
+    def _read_prompt(self, tokens: Tensor) -> Tensor:
+        """Let transformers run the first tokens, and take over its keys and values."""
+        output = self.model(input_ids=tokens.unsqueeze(0), use_cache=True, logits_to_keep=1)
+        lib = clib.library()
+        assert lib is not None
+        for index, layer in enumerate(output.past_key_values.layers):
+            keys, values = (x[0].float().contiguous() for x in (layer.keys, layer.values))
+            # A sliding window keeps only the last ones; none older is ever looked at.
+            first, count = tokens.numel() - keys.shape[1], keys.shape[1]
+            arguments = (index, first, count, keys.data_ptr(), values.data_ptr())
+            clib.call(lib.octavo_session_write, self._session, *arguments)
+        self.length = tokens.numel()
+        return output.logits[0, -1].float()
+
+    # ---------------------------------------------------------------- what C++ is told
+
+    def _decoder(self, config: Any) -> structs.Decoder:
+        body = self.model.get_decoder()
+        blocks = (structs.Block * len(body.layers))()
+        for index, layer in enumerate(body.layers):
+            blocks[index] = self._block(config, index, layer, body.rotary_emb)
+        attention = body.layers[0].self_attn
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        decoder = structs.Decoder(
+            blocks=len(blocks),
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            key_heads=config.num_key_value_heads,
+            head_width=attention.head_dim,
+            intermediate=config.intermediate_size,
+            vocabulary=self._vocabulary,
+            block=blocks,
+            final_norm=self._norm(body.norm),
+            # A token reads one row of it.
+            embedding=self._linear(embedding.weight, counted=False),
+            head=self._linear(head.weight, getattr(head, "bias", None)),
+            epsilon=config.rms_norm_eps,
+            attention_scale=attention.scaling,
+            attention_cap=getattr(config, "attn_logit_softcapping", None) or 0.0,
+            logit_cap=getattr(config, "final_logit_softcapping", None) or 0.0,
+            embedding_factor=_embedding_factor(embedding, config),
+            activation=_ACTIVATIONS[_activation(config)],
+        )
+        self._kept.append(blocks)
+        return decoder
+
+    def _block(self, config: Any, index: int, layer: nn.Module, rotary: Any) -> structs.Block:
+        norms = _FOUR_NORMS if hasattr(layer, "pre_feedforward_layernorm") else _NORMS
+        block = structs.Block(rotary_factor=rotary.attention_scaling, window=_window(config, index))
+        for name, path in norms.items():
+            if (norm := _find(layer, path)) is not None:
+                setattr(block, name, self._norm(norm))
+        for name, path in _LAYERS.items():
+            module: Any = layer.get_submodule(path)
+            if isinstance(module, VQLinear):
+                setattr(block, name, self._matrix(module))
+            else:
+                setattr(block, name, self._linear(module.weight, module.bias))
+        block.frequencies = self._numbers(rotary.inv_freq)
+        return block
+
+    def _matrix(self, layer: VQLinear) -> structs.Linear:
+        prepared = layer.prepared("lookup")
+        assert isinstance(prepared, PackedMatrix)
+        self._kept.append(prepared)
+        self.bytes_per_token += prepared.weight.bits() // 8
+        return structs.Linear(matrix=prepared.handle, out=layer.out_features, in_=layer.in_features)
+
+    def _linear(self, weight: Tensor, bias: Tensor | None = None, *, counted: bool = True) -> structs.Linear:
+        """A dense matrix; bfloat16 is used where it lies, everything else as float32."""
+        kind = "bfloat16" if weight.dtype == torch.bfloat16 else "float32"
+        matrix = weight.detach().contiguous()
+        matrix = matrix if kind == "bfloat16" else matrix.float()
+        self._kept.append(matrix)
+        self.bytes_per_token += matrix.nbytes if counted else 0
+        out, inp = matrix.shape
+        layer = structs.Linear(out=out, in_=inp)
+        setattr(layer, kind, matrix.data_ptr())
+        if bias is not None:
+            layer.bias = self._numbers(bias)
+        return layer
+
+    def _norm(self, module: Any) -> int:
+        # Gemma's norms multiply by 1 + weight.
+        return self._numbers(module.weight.float() + (1.0 if "Gemma" in type(module).__name__ else 0.0))
+
+    def _numbers(self, tensor: Tensor) -> int:
+        kept = tensor.detach().float().contiguous()
+        self._kept.append(kept)
+        return kept.data_ptr()
+
+
+def _find(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _window(config: Any, index: int) -> int:
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[index] == "full_attention":
+        return 0
+    return getattr(config, "sliding_window", None) or 0
+
+
+def _embedding_factor(embedding: Any, config: Any) -> float:
+    scale = getattr(embedding, "embed_scale", None)
+    if scale is not None:
+        return float(torch.as_tensor(scale).to(embedding.weight.dtype))
+    # Gemma multiplies in the model's forward.
+    return (
+        float(torch.tensor(config.hidden_size**0.5, dtype=embedding.weight.dtype))
+        if config.model_type == "gemma"
+        else 1.0
+    )
