@@ -144,7 +144,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _exact_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same numbers whether or not a processor multiplies bfloat16 fast; tests/pipeline/test_products.py has the rest."""
+    """The same numbers whether or not a processor multiplies bfloat16 fast; test_products.py has the rest."""
     monkeypatch.setattr("octavo.calibration.products.fast_bfloat16", lambda: False)
 
 

@@ -42,6 +42,7 @@ class VQLinear(nn.Module):
         self.in_features = layout.shape[1]
         self.out_features = layout.shape[0]
         self._prepared: tuple[Any, Any] | None = None
+        self._chosen: tuple[Any, str] = None, ""
         # What a dense layer in this place would have; code such as T5's `wo.weight.dtype` asks for it.
         self._dense_dtype = torch.get_default_dtype()
         for name, (dtype, shape) in layout.tensors().items():
@@ -81,13 +82,20 @@ class VQLinear(nn.Module):
         """
         if not x.is_floating_point() or x.shape[-1] != self.in_features:
             raise UsageError(f"VQLinear: input wanted floats [.., {self.in_features}], got {x.dtype} {tuple(x.shape)}.")
-        name, _ = select.choose(self.layout, x.device)
+        name = self._kernel(x.device)
         kernel = select.registry.get(name)
         if not kernel.takes(x):
             name, kernel = "reference", select.registry.get("reference")
         elif kernel.slow and not os.environ.get(select.ENVIRONMENT):
             _warn_once(kernel.slow)
         return kernel.linear(x, self.prepared(name))
+
+    def _kernel(self, device: torch.device) -> str:
+        """The name of the kernel that runs here; asked again only if the device or the user's choice changes."""
+        key = device, os.environ.get(select.ENVIRONMENT)
+        if self._chosen[0] != key:
+            self._chosen = key, select.choose(self.layout, device)[0]
+        return self._chosen[1]
 
     def why_not(self, kernel: str) -> str:
         """Why a kernel cannot run this layer where it is, or an empty string."""

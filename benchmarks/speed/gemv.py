@@ -1,0 +1,215 @@
+"""One matrix times one vector from memory: Octavo's codebooks against llama.cpp's types through ggml, in turn.
+
+    python benchmarks/speed/gemv.py --out benchmarks/results/gemv.json [--threads 1 2] [--shape 4096x4096 11008x4096]
+
+Every round runs through so many different matrices that none is in a cache when it comes (``--megabytes``). Medians of
+the rounds; the peers' rounds lie between ours. ``GB/s`` counts what is stored of a matrix, ``roof`` is what as many
+threads read at best. Needs llama-cpp-python for the peers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import sys
+import time
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Ggml
+from synthetic import BLOCKS, random_tensors
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "quality"))
+from table import machine
+
+from octavo import codebooks
+from octavo._core.io import write_json
+from octavo.evaluation.speed import read_bandwidth
+from octavo.kernels.lookup import PackedMatrix
+from octavo.layout import BlockScale, Layout, Transform
+from octavo.math import hadamard
+from octavo.weight import VQWeight
+
+OURS = (
+    "gaussian-v8-k256",
+    "gaussian-v8-k256-16",
+    "gaussian-v8-k256-256",
+    "gaussian-v4-k256",
+    "gaussian-v2-k16",
+    "gaussian-v8-k256-256-16",
+    "gaussian-v8-k256-256-256",
+    "gaussian-v2-k64",
+    "gaussian-v4-k256-64",
+    "gaussian-v4-k256-256",
+    "gaussian-v2-k256",
+)
+PEERS = ("TQ2_0", "IQ2_XXS", "IQ2_XS", "Q2_K", "IQ3_XXS", "Q4_0", "Q4_K")
+
+
+class Ours:
+    """Packed matrices of one codebook."""
+
+    def __init__(self, name: str, shape: tuple[int, int], count: int) -> None:
+        book = codebooks.get(name)
+        layout = Layout(
+            shape,
+            book.vector_length,
+            book.stages,
+            direction="row",
+            codebook_dtype="universal",
+            codebook=name,
+            block_scale=BlockScale(shape[1], 0, 8),
+            transform=Transform(hadamard.block_size(shape[1], 256)),
+        )
+        generator = torch.Generator().manual_seed(0)
+        self.name, self.bits, self.count = name, layout.bits_per_weight, count
+        self.matrices = [PackedMatrix(VQWeight(layout, random_tensors(layout, generator))) for _ in range(count)]
+        self.x = torch.randn(1, shape[1], generator=generator)
+
+    def round(self, threads: int) -> None:
+        """Multiply by every matrix once."""
+        for matrix in self.matrices:
+            matrix.multiply(self.x, threads)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.matrices.clear()
+
+
+class Peer:
+    """Matrices of one of ggml's types."""
+
+    def __init__(self, library: Any, kind: str, shape: tuple[int, int], count: int) -> None:
+        size, weights, scales = BLOCKS[kind]
+        self.lib, self.name, self.bits, self.count = library, kind, 8 * size / weights, count
+        out, inp = shape
+        stored = out * inp // weights * size
+        parameters = _InitParams(count * (stored + 4 * out + (1 << 12)) + (1 << 24), None, False)
+        self.context = ctypes.c_void_p(library.ggml_init(parameters))
+        x = ctypes.c_void_p(library.ggml_new_tensor_1d(self.context, 0, ctypes.c_int64(inp)))
+        _view(library.ggml_get_data(x), inp * 4, np.float32)[:] = np.random.default_rng(0).standard_normal(inp)
+        self.graph = ctypes.c_void_p(library.ggml_new_graph(self.context))
+        random = np.random.default_rng(1)
+        for _ in range(count):
+            new = library.ggml_new_tensor_2d
+            matrix = ctypes.c_void_p(new(self.context, int(Ggml[kind]), ctypes.c_int64(inp), ctypes.c_int64(out)))
+            data = _view(library.ggml_get_data(matrix), stored, np.uint8).reshape(-1, size)
+            data[:] = random.integers(0, 256, data.shape, dtype=np.uint8)
+            for at in scales:
+                data[:, at : at + 2] = np.frombuffer(np.float16(1e-3).tobytes(), np.uint8)
+            product = ctypes.c_void_p(library.ggml_mul_mat(self.context, matrix, x))
+            library.ggml_build_forward_expand(self.graph, product)
+
+    def round(self, threads: int) -> None:
+        """Multiply by every matrix once."""
+        self.lib.compute(self.context, self.graph, threads)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.lib.ggml_free(self.context)
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+def _view(address: int, size: int, dtype: type) -> np.ndarray:
+    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=dtype)
+
+
+def ggml() -> Any:
+    """ggml's C functions, from the package llama-cpp-python."""
+    import llama_cpp  # pyright: ignore[reportMissingImports]
+
+    folder = Path(llama_cpp.__file__).parent / "lib"
+    base = ctypes.CDLL(str(folder / "libggml-base.so"), mode=ctypes.RTLD_GLOBAL)
+    cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"), mode=ctypes.RTLD_GLOBAL)
+    base.ggml_init.argtypes = (_InitParams,)
+    for name in ("init", "new_tensor_1d", "new_tensor_2d", "get_data", "mul_mat", "new_graph"):
+        getattr(base, f"ggml_{name}").restype = ctypes.c_void_p
+    base.compute = cpu.ggml_graph_compute_with_ctx
+    cpu.ggml_cpu_init()
+    return base
+
+
+def interleaved(runners: list[Any], threads: int, rounds: int) -> list[list[float]]:
+    """Seconds per matrix of every runner in every round; one round comes before those that count."""
+    taken: list[list[float]] = [[] for _ in runners]
+    for turn in range(rounds + 1):
+        for runner, times in zip(runners, taken, strict=True):
+            began = time.perf_counter()
+            runner.round(threads)
+            if turn:
+                times.append((time.perf_counter() - began) / runner.count)
+    return taken
+
+
+def row(runner: Any, shape: tuple[int, int], threads: int, times: list[float]) -> dict[str, Any]:
+    """The figures of one runner."""
+    median, weights = statistics.median(times), shape[0] * shape[1]
+    return {
+        "name": runner.name,
+        "shape": "x".join(map(str, shape)),
+        "threads": threads,
+        "bits_per_weight": runner.bits,
+        "microseconds": 1e6 * median,
+        "spread": [1e6 * min(times), 1e6 * max(times)],
+        "gigabytes_per_second": runner.bits * weights / 8e9 / median,
+        "gigaweights_per_second": weights / 1e9 / median,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--shape", nargs="+", default=["4096x4096", "11008x4096"])
+    parser.add_argument("--ours", nargs="*", default=list(OURS))
+    parser.add_argument("--peers", nargs="*", default=list(PEERS))
+    parser.add_argument("--megabytes", type=int, default=384, help="of different matrices in a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    library = ggml() if arguments.peers else None
+    roofs = {threads: read_bandwidth(threads) for threads in arguments.threads}
+    rows: list[dict[str, Any]] = []
+    for text in arguments.shape:
+        shape = (int(text.split("x")[0]), int(text.split("x")[1]))
+        # One of ours and one of the peers at a time, so that both see the same state of the machine.
+        for names in zip_longest(arguments.ours, arguments.peers):
+            runners: list[Any] = []
+            for make, name in ((Ours, names[0]), (partial(Peer, library), names[1])):
+                if name:
+                    count = int(arguments.megabytes * 8e6 / (_bits(name) * shape[0] * shape[1]))
+                    runners.append(make(name, shape, max(count, 2)))
+            for threads in arguments.threads:
+                taken = interleaved(runners, threads, arguments.rounds)
+                for runner, times in zip(runners, taken, strict=True):
+                    rows.append(found := row(runner, shape, threads, times))
+                    print(
+                        f"{found['name']:26} {text:>11} {threads} thread(s) {found['bits_per_weight']:6.3f} bits "
+                        f"{found['microseconds']:8.0f} us {found['gigabytes_per_second']:5.1f} GB/s "
+                        f"{found['gigaweights_per_second']:6.1f} Gw/s",
+                        flush=True,
+                    )
+            for runner in runners:
+                runner.close()
+    print(f"read at best: {', '.join(f'{roof:.1f} GB/s ({threads})' for threads, roof in roofs.items())}")
+    if arguments.out:
+        write_json(arguments.out, {"machine": machine(), "roofs": {str(t): r for t, r in roofs.items()}, "rows": rows})
+
+
+def _bits(name: str) -> float:
+    if name in BLOCKS:
+        size, weights, _ = BLOCKS[name]
+        return 8 * size / weights
+    book = codebooks.get(name)
+    return sum(book.stages) / book.vector_length
+
+
+if __name__ == "__main__":
+    main()
