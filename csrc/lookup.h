@@ -11,6 +11,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "columns.h"
+
 namespace octavo {
 
 constexpr int kMaxMatrixStages = 4;
@@ -18,7 +20,6 @@ constexpr int kRows = 64;    // rows of a tile: one-byte codes in a vector regis
 constexpr int kTiles = 8;    // tiles of a group: their sums stay in registers
 constexpr int kTable = 256;  // entries of a table
 constexpr int kChunk = 12;   // most positions whose tables share a scale and stay in the L1 cache
-constexpr int kColumns = 8;  // most columns of x at a time
 constexpr int kSlack = 64;   // bytes behind the codes that may be read
 // Tables hold sixteen-bit products: all of a chunk's products of one row must add up to less than 2^15.
 constexpr float kLargestSum = 32600.0f;

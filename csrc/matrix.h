@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "lookup.h"
+#include "columns.h"
 #include "team.h"
 
 namespace octavo {
@@ -19,28 +19,57 @@ using Bytes = std::unique_ptr<uint8_t[], Free>;
 // Uninitialised memory, aligned to a cache line, and to huge pages where it is large. Throws std::bad_alloc.
 Bytes aligned_bytes(int64_t count);
 
-// Owns what `look_up` points to.
-struct Matrix {
+// `width` bits from bit `at` on, lowest first, of a row as octavo_pack writes it.
+inline uint64_t read_bits(const uint32_t* words, int64_t at, int width) {
+    const int64_t word = at >> 5;
+    const int shift = static_cast<int>(at & 31);
+    uint64_t value = words[word] >> shift;
+    if (shift + width > 32) value |= static_cast<uint64_t>(words[word + 1]) << (32 - shift);
+    return value & ((uint64_t{1} << width) - 1);
+}
+
+class Workspace;
+
+// A product takes two steps of every thread of a team, with a barrier between them and one behind them.
+class Matrix {
+   public:
     int64_t out = 0, in = 0;
-    LookUp look_up = {};
-    std::vector<float> books[kMaxMatrixStages];
-    std::vector<int64_t> chunk_starts, chunk_block;
-    Bytes codes;
-    int64_t code_count = 0;     // bytes of codes
-    std::vector<float> scales;  // [blocks][rows]
     std::vector<float> bias;    // [out] or empty
     int64_t transform = 0;      // block of the Hadamard transform of the inputs, or 0
     std::vector<float> signs;   // [in], over sqrt(transform)
-    uint64_t input = 0;         // equal where the same x is transformed and padded in the same way
+    uint64_t input = 0;         // equal where prepare() makes the same of the same x; 0 equals nothing
+
+    virtual ~Matrix() = default;
+
+    // Sizes of what a thread needs per column of x, and for `columns` of them.
+    virtual int64_t x_floats() const = 0;
+    virtual int64_t sums_floats() const = 0;
+    virtual int64_t scratch_bytes(int64_t columns) const = 0;
+    // Threads beyond which there is no work.
+    virtual int64_t most_threads() const = 0;
+    virtual int64_t code_bytes() const = 0;
+
+    // What the codes are multiplied by in place of x [in]: to [x_floats()].
+    virtual void prepare(const float* x, float* to) const = 0;
+    // First step, with the prepared `columns` vectors.
+    virtual void start(const float* prepared, int64_t columns, int rank, const Team& team, Workspace& space,
+                       int isa) const = 0;
+    // Second step: this thread's rows of y [columns][out], bias included. The prepared vectors are still there.
+    virtual void finish(const float* prepared, int64_t columns, int rank, const Team& team, Workspace& space, int isa,
+                        float* y) const = 0;
+    // Rows [first, last) as float32 or bfloat16, [last - first][in], to be multiplied by rotated() inputs.
+    virtual void decode(int64_t first, int64_t last, bool bfloat16, void* to, int threads) const = 0;
+
+    // Signs and Hadamard transform of x [in].
+    void rotate(const float* x, float* to) const;
+    // Reads the signs, a bit per input, set for -1.
+    void set_transform(int64_t block, const uint32_t* sign_bits);
 };
 
-// What the codes of a matrix are multiplied by instead of x [in]: signs and the Hadamard transform.
-void transform(const Matrix& m, const float* x, float* to);
-
-// Memory of all threads of a team for products with matrices of at most these sizes. Throws std::bad_alloc.
+// Memory of all threads of a team. Throws std::bad_alloc.
 class Workspace {
    public:
-    Workspace(int threads, int64_t columns, int64_t padded_in, int64_t rows, int64_t scratch);
+    Workspace(int threads, int64_t x_floats, int64_t sums_floats, int64_t scratch_bytes);
     float* x(int rank) { return reinterpret_cast<float*>(at(rank)); }
     float* sums(int rank) { return reinterpret_cast<float*>(at(rank) + x_bytes_); }
     uint8_t* scratch(int rank) { return at(rank) + x_bytes_ + sums_bytes_; }
@@ -50,16 +79,5 @@ class Workspace {
     int64_t x_bytes_, sums_bytes_, scratch_bytes_;
     Bytes memory_;
 };
-
-// y = W x + bias for `columns` vectors x [columns][in], in two steps of every thread of a team, with a barrier between
-// them. The first adds up this thread's share of the inputs; `moved` is what another product with the same
-// Matrix::input has left in its space.x(rank), or NULL. The second writes rows [first, last) of y [columns][out].
-void start_product(const Matrix& m, const float* x, int64_t columns, const float* moved, int rank, const Team& team,
-                   Workspace& space, Accumulate accumulate);
-void finish_product(const Matrix& m, int64_t columns, int64_t first, int64_t last, const Team& team, Workspace& space,
-                    float* y);
-
-// The kernel for one of OCTAVO_ISA_*.
-Accumulate accumulate_for(int isa);
 
 }  // namespace octavo

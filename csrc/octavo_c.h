@@ -21,6 +21,9 @@
 #define OCTAVO_NO_MEMORY 2
 #define OCTAVO_OUT_OF_RANGE 3
 
+/* Rows of a matrix are decoded in multiples of so many. */
+#define OCTAVO_ROWS 64
+
 /* Instruction sets, for the `isa` argument; OCTAVO_ISA_BEST takes the widest that the processor has. */
 #define OCTAVO_ISA_BEST 0
 #define OCTAVO_ISA_BASELINE 1
@@ -89,7 +92,7 @@ OCTAVO_API int octavo_fit_tiles(const float* points, const float* weights, const
 OCTAVO_API int octavo_pack(const int64_t* codes, int64_t rows, int64_t count, int32_t width, uint32_t* words,
                            int32_t threads);
 
-/* A quantized matrix, regrouped for fast products; freed by octavo_matrix_destroy, which takes NULL as well.
+/* A matrix whose products with centroids are looked up; freed by octavo_matrix_destroy, which takes NULL as well.
  *
  * W = (sum of centroids) * scale between the signs and the block Hadamard transform of the inputs. Row r of `indices`
  * [out][ceil(ceil(in / v) * code_bits / 32)] holds a code of code_bits = sum of bits[s] for every v consecutive inputs,
@@ -98,13 +101,38 @@ OCTAVO_API int octavo_pack(const int64_t* codes, int64_t rows, int64_t count, in
  * below in. transform: block size, a power of two that divides in, or 0; signs: a bit per input, set for -1. bias [out]
  * or NULL. Nothing of what is passed is kept.
  */
-OCTAVO_API int octavo_matrix_create(int64_t out, int64_t in, int32_t v, int32_t stages, const int32_t* bits,
+OCTAVO_API int octavo_lookup_create(int64_t out, int64_t in, int32_t v, int32_t stages, const int32_t* bits,
                                     const float* books, const uint32_t* indices, int64_t scale_columns,
                                     const float* scales, int64_t transform, const uint32_t* signs, const float* bias,
                                     int32_t threads, void** matrix);
+
+/* Vectors of one codebook, or of the sum of several, in a row of them. codes: code_bits = sum of bits[s] (and v for
+ * signs) each, that of the first stage in the lowest bits, signs in the highest, set for a negative element; rows of
+ * them as octavo_pack writes. books: `stages` one after the other, [2^bits[s]][v] float32.
+ */
+typedef struct {
+    int64_t columns; /* inputs */
+    int32_t v, stages;
+    int32_t bits[4]; /* 1 to 16 */
+    int32_t sign_bits; /* 0 or 1 */
+    const float* books;
+    const uint32_t* codes;
+} octavo_vectors;
+
+/* A matrix of any codebooks, regrouped so that centroids are added up where they lie. With column_vectors a vector is v
+ * outputs of one input, and `parts` may be two that stand side by side (outlier columns first); else it is v inputs of
+ * one output, and there is one part. W = (the vectors) * scales [out] or NULL, after: input i of the parts is
+ * order[i] of x (NULL for as they are), x is multiplied by input_scale [in] (or NULL), and offsets [in] (or NULL) are
+ * added to every row of W. The transform is as in octavo_lookup_create and comes first.
+ */
+OCTAVO_API int octavo_gather_create(int64_t out, int64_t in, int32_t column_vectors, const octavo_vectors* parts,
+                                    int32_t part_count, const float* scales, const int64_t* order,
+                                    const float* input_scale, const float* offsets, int64_t transform,
+                                    const uint32_t* signs, const float* bias, int32_t threads, void** matrix);
+
 OCTAVO_API void octavo_matrix_destroy(void* matrix);
 
-/* y[i] = W x[i] + bias for x [n][in], y [n][out]. Products with centroids are rounded to 15 bits of the largest sum of
+/* y[i] = W x[i] + bias for x [n][in], y [n][out]. Products that are looked up are rounded to 15 bits of the largest sum of
  * a dozen vectors. The sums of different numbers of threads are rounded differently, those of the same number alike.
  */
 OCTAVO_API int octavo_matrix_multiply(const void* matrix, const float* x, int64_t n, float* y, int32_t threads,
@@ -121,7 +149,7 @@ OCTAVO_API int octavo_matrix_transform(const void* matrix, const float* x, int64
  * one of the three pointers is not NULL.
  */
 typedef struct {
-    const void* matrix; /* of octavo_matrix_create */
+    const void* matrix; /* of octavo_lookup_create or octavo_gather_create */
     const uint16_t* bfloat16;
     const float* float32;
     const float* bias; /* [out] or NULL; of a dense layer only */

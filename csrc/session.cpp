@@ -19,6 +19,9 @@ namespace {
 
 using Linear = octavo_linear;
 
+// Most layers that read the same vector.
+constexpr int kTogether = 3;
+
 const Matrix* quantized(const Linear& layer) { return static_cast<const Matrix*>(layer.matrix); }
 
 struct Session {
@@ -40,13 +43,13 @@ struct Session {
 
 // The largest sizes of all layers, for the scratch of a run.
 struct Sizes {
-    int64_t padded_in = 0, rows = 0, scratch = 0;
+    int64_t x = 0, sums = 0, scratch = 0;
     void add(const Linear& layer, int64_t columns) {
         if (layer.matrix == nullptr) return;
-        const LookUp& l = quantized(layer)->look_up;
-        padded_in = std::max(padded_in, l.padded_in);
-        rows = std::max(rows, l.rows);
-        scratch = std::max(scratch, scratch_bytes(l, columns));
+        const Matrix& m = *quantized(layer);
+        x = std::max(x, columns * m.x_floats());
+        sums = std::max(sums, columns * m.sums_floats());
+        scratch = std::max(scratch, m.scratch_bytes(columns));
     }
 };
 
@@ -71,7 +74,7 @@ class Run {
     Run(const Session& session, const int64_t* tokens, int64_t columns, int64_t length, float* logits, int isa,
         Shared& shared, std::vector<Workspace>& spaces)
         : s_(session), d_(session.d), tokens_(tokens), columns_(columns), length_(length), logits_(logits),
-          ops_(ops_for(isa)), accumulate_(accumulate_for(isa)), shared_(shared), spaces_(spaces) {}
+          ops_(ops_for(isa)), isa_(isa), shared_(shared), spaces_(spaces) {}
 
     // Called by every thread of the team.
     void thread(int rank, Team& team) const {
@@ -138,25 +141,33 @@ class Run {
     // All layers that read the same x. Their outputs are complete, and may be read by all, at the end.
     void linear(std::initializer_list<Target> targets, const float* x, int rank, Team& team, int64_t columns = 0) const {
         if (columns == 0) columns = columns_;
+        const float* prepared[kTogether] = {};
         int64_t number = 0;
-        const Matrix* moved_by = nullptr;
+        uint64_t input = 0;
         for (const Target& target : targets) {
             if (target.layer->matrix == nullptr) continue;
             const Matrix& m = *quantized(*target.layer);
-            const bool again = moved_by != nullptr && moved_by->input == m.input;
-            start_product(m, x, columns, again ? spaces_[0].x(rank) : nullptr, rank, team, spaces_[number], accumulate_);
-            if (number++ == 0) moved_by = &m;
+            Workspace& space = spaces_[number];
+            if (number > 0 && input != 0 && m.input == input) {
+                prepared[number] = prepared[0];
+            } else {
+                for (int64_t c = 0; c < columns; ++c) m.prepare(x + c * m.in, space.x(rank) + c * m.x_floats());
+                prepared[number] = space.x(rank);
+            }
+            if (number == 0) input = m.input;
+            m.start(prepared[number++], columns, rank, team, space, isa_);
         }
         if (number > 0) team.barrier();
         number = 0;
         for (const Target& target : targets) {
             const Linear& layer = *target.layer;
-            int64_t first, last;
-            team.share(layer.out, 16, rank, &first, &last);
             if (layer.matrix != nullptr) {
-                finish_product(*quantized(layer), columns, first, last, team, spaces_[number++], target.y);
+                quantized(layer)->finish(prepared[number], columns, rank, team, spaces_[number], isa_, target.y);
+                ++number;
                 continue;
             }
+            int64_t first, last;
+            team.share(layer.out, 16, rank, &first, &last);
             for (int64_t c = 0; c < columns; ++c) {
                 float* y = target.y + c * layer.out;
                 if (layer.float32 != nullptr) {
@@ -228,7 +239,7 @@ class Run {
     int64_t columns_, length_;
     float* logits_;
     const Ops& ops_;
-    Accumulate accumulate_;
+    int isa_;
     Shared& shared_;
     std::vector<Workspace>& spaces_;
 };
@@ -301,7 +312,7 @@ int octavo_session_run(void* session, const int64_t* tokens, int64_t n, int64_t 
                 sizes.add(*layer, most);
         sizes.add(d.head, 1);
         std::vector<Workspace> spaces;
-        for (int i = 0; i < 3; ++i) spaces.emplace_back(threads, most, sizes.padded_in, sizes.rows, sizes.scratch);
+        for (int i = 0; i < kTogether; ++i) spaces.emplace_back(threads, sizes.x, sizes.sums, sizes.scratch);
         const auto numbers = [&](int64_t width) { return std::vector<float>(static_cast<size_t>(most * width)); };
         const int64_t wide = d.heads * d.head_width, narrow = d.key_heads * d.head_width;
         Shared shared{numbers(wide),           numbers(narrow),         numbers(narrow),  numbers(wide),

@@ -85,10 +85,10 @@ class VQLinear(nn.Module):
         name = self._kernel(x.device)
         kernel = select.registry.get(name)
         if not kernel.takes(x):
-            name, kernel = "reference", select.registry.get("reference")
-        elif kernel.slow and not os.environ.get(select.ENVIRONMENT):
+            return select.registry.get("reference").linear(x, self.vq_weight())
+        if kernel.slow and not os.environ.get(select.ENVIRONMENT):
             _warn_once(kernel.slow)
-        return kernel.linear(x, self.prepared(name))
+        return kernel.linear(x, self.prepared())
 
     def _kernel(self, device: torch.device) -> str:
         """The name of the kernel that runs here; asked again only if the device or the user's choice changes."""
@@ -101,8 +101,9 @@ class VQLinear(nn.Module):
         """Why a kernel cannot run this layer where it is, or an empty string."""
         return select.obstacle(kernel, self.layout, self._buffers["indices"].device)  # type: ignore[union-attr]
 
-    def prepared(self, kernel: str) -> Any:
-        """What a kernel made of the tensors, made anew if any of them was replaced or written to."""
+    def prepared(self) -> Any:
+        """What the kernel that runs here made of the tensors; made anew if any of them was replaced or written to."""
+        kernel = self._kernel(self._buffers["indices"].device)  # type: ignore[union-attr]
         if not select.registry.get(kernel).prepares:
             return select.registry.get(kernel).prepare(self.vq_weight())
         buffers = [self._buffers[name] for name in self.layout.tensors()]

@@ -252,7 +252,8 @@ class Absent(Fast):
 @pytest.fixture
 def three_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     select.registry.names()
-    monkeypatch.delitem(select.registry._table, "lookup")
+    for name in ("lookup", "gather"):
+        monkeypatch.delitem(select.registry._table, name)
     monkeypatch.setitem(select.registry._table, "fast", Fast)
     monkeypatch.setitem(select.registry._table, "absent", Absent)
     monkeypatch.delenv(select.ENVIRONMENT)

@@ -42,8 +42,12 @@ _SIGNATURES = {
         *(_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT32, _INT64, _INT64),
         *(_POINTER, _POINTER, _INT32, _DOUBLE, _POINTER, _INT32, _INT32),
     ),
-    "octavo_matrix_create": (
+    "octavo_lookup_create": (
         *(_INT64, _INT64, _INT32, _INT32, _POINTER, _POINTER, _POINTER, _INT64, _POINTER),
+        *(_INT64, _POINTER, _POINTER, _INT32, _POINTER),
+    ),
+    "octavo_gather_create": (
+        *(_INT64, _INT64, _INT32, _POINTER, _INT32, _POINTER, _POINTER, _POINTER, _POINTER),
         *(_INT64, _POINTER, _POINTER, _INT32, _POINTER),
     ),
     "octavo_matrix_destroy": (_POINTER,),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from octavo._core import clib
 from octavo._core.errors import ResourceError, UsageError
-from octavo.kernels.lookup import PackedMatrix
+from octavo.kernels._packed import PackedMatrix
 from octavo.nn import VQLinear
 from octavo.runtime import _structs as structs
 
@@ -68,8 +68,8 @@ def why_not(model: Any) -> str:
     if any(kind not in ("full_attention", "sliding_attention") for kind in getattr(config, "layer_types", None) or ()):
         return "it has layers that are neither full nor sliding attention"
     for name, layer in model.named_modules():
-        if isinstance(layer, VQLinear) and (reason := layer.why_not("lookup")):
-            return f"{name}: {reason}"
+        if isinstance(layer, VQLinear) and not isinstance(layer.prepared(), PackedMatrix):
+            return f"{name} has no kernel over packed matrices: {layer.why_not('gather')}"
         if not isinstance(layer, VQLinear | nn.Linear) and name.endswith("_proj"):
             return f"{name} is a {type(layer).__name__}"
     return ""
@@ -220,7 +220,7 @@ class NativeDecoder:
         return block
 
     def _matrix(self, layer: VQLinear) -> structs.Linear:
-        prepared = layer.prepared("lookup")
+        prepared = layer.prepared()
         assert isinstance(prepared, PackedMatrix)
         self._kept.append(prepared)
         self.bytes_per_token += prepared.weight.bits() // 8

@@ -1,0 +1,3 @@
+#include "gather_kernel.h"
+
+octavo::GatherKernels octavo::gather_avx2(int v) { return gather_kernels(v); }

@@ -1,0 +1,225 @@
+// The matrix whose products with centroids are looked up; see lookup.h.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "cpu.h"
+#include "lookup.h"
+#include "matrix.h"
+#include "octavo_c.h"
+#include "ops.h"
+#include "parallel.h"
+
+namespace octavo {
+namespace {
+
+Accumulate accumulate_for(int isa) {
+    switch (isa) {
+#if defined(OCTAVO_X86)
+        case OCTAVO_ISA_VBMI: return accumulate_vbmi;
+        case OCTAVO_ISA_AVX512:
+        case OCTAVO_ISA_AVX2: return accumulate_avx2;
+#endif
+        default: return accumulate_baseline;
+    }
+}
+
+class LookUpMatrix : public Matrix {
+   public:
+    LookUp look_up = {};
+    std::vector<float> books[kMaxMatrixStages];
+    std::vector<int64_t> chunk_starts, chunk_block;
+    Bytes codes;
+    std::vector<float> scales;  // [blocks][rows]
+
+    int64_t x_floats() const override { return look_up.padded_in; }
+    int64_t sums_floats() const override { return look_up.rows; }
+    int64_t scratch_bytes(int64_t columns) const override { return ::scratch_bytes(look_up, columns); }
+    int64_t most_threads() const override { return look_up.chunks; }
+    int64_t code_bytes() const override { return look_up.positions * look_up.tiles * look_up.tile_bytes; }
+
+    void prepare(const float* x, float* to) const override {
+        rotate(x, to);
+        std::fill(to + in, to + look_up.padded_in, 0.0f);
+    }
+
+    void start(const float* prepared, int64_t columns, int rank, const Team& team, Workspace& space,
+               int isa) const override {
+        float* const sums = space.sums(rank);
+        std::fill(sums, sums + columns * look_up.rows, 0.0f);
+        int64_t first, last;
+        team.share(look_up.chunks, 1, rank, &first, &last);
+        if (first < last)
+            accumulate_for(isa)(look_up, prepared, columns, first, last, space.scratch(rank), sums);
+    }
+
+    void finish(const float*, int64_t columns, int rank, const Team& team, Workspace& space, int,
+                float* y) const override {
+        int64_t first, last;
+        team.share(out, 16, rank, &first, &last);
+        for (int64_t c = 0; c < columns; ++c) {
+            float* to = y + c * out;
+            const float* sums = space.sums(0) + c * look_up.rows;
+            std::copy(sums + first, sums + last, to + first);
+            for (int other = 1; other < team.size(); ++other) {
+                sums = space.sums(other) + c * look_up.rows;
+                for (int64_t r = first; r < last; ++r) to[r] += sums[r];
+            }
+            if (look_up.blocks == 1)
+                for (int64_t r = first; r < last; ++r) to[r] *= scales[r];
+            if (!bias.empty())
+                for (int64_t r = first; r < last; ++r) to[r] += bias[r];
+        }
+    }
+
+    void decode(int64_t first, int64_t last, bool bfloat16, void* to, int threads) const override {
+        const LookUp& l = look_up;
+        std::vector<float> by_entry[kMaxMatrixStages];
+        const float* centroids[kMaxMatrixStages] = {};
+        for (int s = 0; s < l.stages; ++s) {
+            for (int64_t c = 0; c < kTable; ++c)
+                for (int j = 0; j < l.v; ++j) by_entry[s].push_back(l.stage[s].book[j * kTable + c]);
+            centroids[s] = by_entry[s].data();
+        }
+        const Ops& ops = ops_for(best_isa());
+        const int64_t size = bfloat16 ? 2 : 4;
+        parallel_for((last - first + kRows - 1) / kRows, 1, threads, [&](int64_t from, int64_t until) {
+            for (int64_t t = from; t < until; ++t) {
+                const int64_t tile = first / kRows + t, rows = std::min<int64_t>(kRows, last - tile * kRows);
+                ops.decode(l, in, centroids, tile, rows, bfloat16, static_cast<uint8_t*>(to) + t * kRows * in * size);
+            }
+        });
+    }
+};
+
+// Puts the codes of a tile, which stand row by row in a file, in their places. `bits` are the file's.
+void regroup(LookUpMatrix& m, const uint32_t* indices, const int32_t* bits, int64_t tile) {
+    const LookUp& l = m.look_up;
+    int code_bits = 0;
+    for (int s = 0; s < l.stages; ++s) code_bits += bits[s];
+    const int64_t words = (l.positions * code_bits + 31) / 32;
+    const int64_t leader = tile / kTiles * kTiles, width = std::min<int64_t>(l.tiles - leader, kTiles);
+    uint8_t places[kMaxMatrixStages][kRows] = {};
+    for (int64_t c = 0; c < l.chunks; ++c) {
+        uint8_t* to = m.codes.get() + code_offset(l, c, leader);
+        for (int64_t p = l.chunk_starts[c]; p < l.chunk_starts[c + 1]; ++p) {
+            for (int row = 0; row < kRows && tile * kRows + row < m.out; ++row) {
+                uint64_t code = read_bits(indices + (tile * kRows + row) * words, p * code_bits, code_bits);
+                for (int s = 0; s < l.stages; ++s) {
+                    places[s][place_of_row(row)] = static_cast<uint8_t>(code & ((1u << bits[s]) - 1));
+                    code >>= bits[s];
+                }
+            }
+            for (int s = 0; s < l.stages; ++s) {
+                const int64_t bytes = ::code_bytes(l.stage[s].bits);
+                store_codes(places[s], l.stage[s].bits, to + (tile - leader) * bytes);
+                to += width * bytes;
+            }
+        }
+    }
+}
+
+// Cuts the positions into chunks of about equal length, none of which crosses from one scale to the next; in a row with
+// one scale their number is a multiple of eight if it can be, so that threads get equal shares.
+void cut(LookUpMatrix& m, int64_t scale_positions) {
+    LookUp& l = m.look_up;
+    for (int64_t block = 0, first = 0; first < l.positions; ++block, first += scale_positions) {
+        const int64_t length = std::min(scale_positions, l.positions - first);
+        int64_t count = (length + kChunk - 1) / kChunk;
+        if (l.blocks == 1) count = std::min(length, (count + 7) / 8 * 8);
+        for (int64_t i = 0; i < count; ++i) {
+            m.chunk_starts.push_back(first + length * i / count);
+            m.chunk_block.push_back(block);
+        }
+    }
+    l.chunks = static_cast<int64_t>(m.chunk_starts.size());
+    m.chunk_starts.push_back(l.positions);
+    l.chunk_starts = m.chunk_starts.data();
+    l.chunk_block = m.chunk_block.data();
+}
+
+// Centroids [entries][v] in columns.
+void load_book(LookUpStage& stage, std::vector<float>& book, const float* centroids, int v) {
+    book.assign(static_cast<size_t>(v) * kTable, 0.0f);
+    for (int64_t c = 0; c < stage.entries; ++c, centroids += v) {
+        double norm = 0.0;
+        for (int j = 0; j < v; ++j) {
+            book[j * kTable + c] = centroids[j];
+            norm += double{centroids[j]} * centroids[j];
+        }
+        stage.largest = std::max(stage.largest, static_cast<float>(std::sqrt(norm)));
+    }
+    stage.book = book.data();
+}
+
+// FNV-1a over all that decides what a matrix makes of its inputs.
+uint64_t fingerprint(const LookUpMatrix& m) {
+    uint64_t hash = 14695981039346656037u;
+    const auto add = [&hash](uint64_t value) { hash = (hash ^ value) * 1099511628211u; };
+    add(static_cast<uint64_t>(m.in));
+    add(static_cast<uint64_t>(m.look_up.padded_in));
+    add(static_cast<uint64_t>(m.transform));
+    for (const float sign : m.signs) add(sign < 0.0f);
+    return hash;
+}
+
+}  // namespace
+}  // namespace octavo
+
+extern "C" int octavo_lookup_create(int64_t out, int64_t in, int32_t v, int32_t stages, const int32_t* bits,
+                                    const float* books, const uint32_t* indices, int64_t scale_columns,
+                                    const float* scales, int64_t transform, const uint32_t* signs, const float* bias,
+                                    int32_t threads, void** matrix) {
+    using namespace octavo;
+    *matrix = nullptr;
+    if (out < 1 || in < 1 || (v != 1 && v != 2 && v != 4 && v != 8)) return OCTAVO_BAD_ARGUMENT;
+    if (stages < 1 || stages > kMaxMatrixStages || scale_columns < 1 || threads < 1) return OCTAVO_BAD_ARGUMENT;
+    if (scale_columns < in && scale_columns % v != 0) return OCTAVO_BAD_ARGUMENT;
+    if (transform != 0 && (transform < 2 || (transform & (transform - 1)) != 0 || in % transform != 0))
+        return OCTAVO_BAD_ARGUMENT;
+    int code_bits = 0;
+    for (int s = 0; s < stages; code_bits += bits[s++])
+        if (bits[s] < 1 || bits[s] > 8) return OCTAVO_BAD_ARGUMENT;
+    try {
+        std::unique_ptr<LookUpMatrix> made(new LookUpMatrix);
+        LookUpMatrix& m = *made;
+        LookUp& l = m.look_up;
+        m.out = out;
+        m.in = in;
+        l.v = v;
+        l.stages = stages;
+        l.positions = (in + v - 1) / v;
+        l.padded_in = l.positions * v;
+        l.tiles = (out + kRows - 1) / kRows;
+        l.rows = l.tiles * kRows;
+        for (int s = 0; s < stages; ++s) {
+            LookUpStage& stage = l.stage[s];
+            stage.entries = int64_t{1} << bits[s];
+            stage.bits = bits[s] <= 4 ? 4 : bits[s] <= 6 ? 6 : 8;
+            l.tile_bytes += code_bytes(stage.bits);
+            load_book(stage, m.books[s], books, v);
+            books += stage.entries * v;
+        }
+        l.blocks = (in + scale_columns - 1) / scale_columns;
+        m.scales.assign(static_cast<size_t>(l.blocks * l.rows), 0.0f);
+        for (int64_t r = 0; r < out; ++r)
+            for (int64_t b = 0; b < l.blocks; ++b) m.scales[b * l.rows + r] = scales[r * l.blocks + b];
+        l.scales = m.scales.data();
+        if (bias != nullptr) m.bias.assign(bias, bias + out);
+        m.set_transform(transform, signs);
+        m.input = fingerprint(m);
+        cut(m, l.blocks == 1 ? l.positions : scale_columns / v);
+        m.codes = aligned_bytes(m.code_bytes() + kSlack);
+        l.codes = m.codes.get();
+        parallel_for(l.tiles, 1, threads, [&](int64_t first, int64_t last) {
+            for (int64_t tile = first; tile < last; ++tile) regroup(m, indices, bits, tile);
+        });
+        std::memset(m.codes.get() + m.code_bytes(), 0, kSlack);
+        *matrix = static_cast<Matrix*>(made.release());
+    } catch (const std::bad_alloc&) {
+        return OCTAVO_NO_MEMORY;
+    }
+    return OCTAVO_OK;
+}
