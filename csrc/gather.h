@@ -11,7 +11,9 @@ constexpr int kMaxGatherStages = 4;
 
 struct GatherStage {
     const float* book;           // [entries][v], or NULL
-    const uint16_t* half_book;   // the same in half floats, for large books of 8 or 16; then `book` is NULL
+    const uint16_t* half_book;   // the same in half floats, for larger books; then `book` is NULL
+    const int8_t* byte_book;     // the same in steps of byte_step, for the largest; then both are NULL
+    float byte_step;
     const uint8_t* narrow;       // [vector rows][vectors], or NULL
     const uint16_t* wide;        // the same for codes above 8 bits; then `narrow` is NULL
 };

@@ -27,7 +27,9 @@ inline void decode_vector(const Gather& g, int64_t at, float (&sum)[V]) {
         const GatherStage& stage = g.stage[s];
         const int64_t entry = code_of(stage, at) * V;
         for (int j = 0; j < V; ++j) {
-            const float element = stage.book != nullptr ? stage.book[entry + j] : from_half(stage.half_book[entry + j]);
+            const float element = stage.book != nullptr        ? stage.book[entry + j]
+                                  : stage.half_book != nullptr ? from_half(stage.half_book[entry + j])
+                                                               : stage.byte_book[entry + j] * stage.byte_step;
             sum[j] = s == 0 ? element : sum[j] + element;
         }
     }
@@ -62,41 +64,97 @@ struct Plain {
 
 #if defined(__AVX2__)
 
-// Vectors of eight in a register. Every stage adds its part for itself: the look-ups of many vectors are under way at a
-// time, which is what large books in the L2 cache need.
+// Books of vectors of eight, by how they are kept.
+struct FloatBook {
+    const float* at;
+    explicit FloatBook(const GatherStage& stage) : at(stage.book) {}
+    __m256 operator[](int64_t entry) const { return _mm256_loadu_ps(at + 8 * entry); }
+};
+struct HalfBook {
+    const uint16_t* at;
+    explicit HalfBook(const GatherStage& stage) : at(stage.half_book) {}
+    __m256 operator[](int64_t entry) const {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at + 8 * entry)));
+    }
+};
+struct ByteBook {
+    const int8_t* at;
+    explicit ByteBook(const GatherStage& stage) : at(stage.byte_book) {}
+    // In steps of byte_step.
+    __m256 operator[](int64_t entry) const {
+        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + 8 * entry));
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+    }
+};
+
+// What vector i is multiplied by: one number of x, or eight of them, with signs or without.
+struct Alone {
+    const float* x;
+    __m256 operator[](int64_t i) const { return _mm256_broadcast_ss(x + i); }
+};
+struct Together {
+    const float* x;
+    __m256 operator[](int64_t i) const { return _mm256_loadu_ps(x + 8 * i); }
+};
+template <class Factor>
+struct Signed {
+    Factor factor;
+    const float* table;
+    const uint16_t* signs;
+    __m256 operator[](int64_t i) const { return _mm256_mul_ps(factor[i], _mm256_loadu_ps(table + 8 * signs[i])); }
+};
+
 struct Eight {
-    static __m256 centroid(const GatherStage& stage, int64_t at) {
-        const int64_t entry = code_of(stage, at) * 8;
-        if (stage.book != nullptr) return _mm256_loadu_ps(stage.book + entry);
-        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(stage.half_book + entry)));
+    // sum_i factor[i] book[codes[i]], in four parts that do not wait for each other: what bounds this are the look-ups
+    // of large books in the second-level cache, of which many must be under way.
+    template <class Book, class Code, class Factor>
+    static __m256 sum(const Book& book, const Code* codes, int64_t n, const Factor& factor) {
+        __m256 part[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+        int64_t i = 0;
+        for (; i + 4 <= n; i += 4)
+            for (int u = 0; u < 4; ++u) part[u] = _mm256_fmadd_ps(factor[i + u], book[codes[i + u]], part[u]);
+        for (; i < n; ++i) part[0] = _mm256_fmadd_ps(factor[i], book[codes[i]], part[0]);
+        return _mm256_add_ps(_mm256_add_ps(part[0], part[1]), _mm256_add_ps(part[2], part[3]));
     }
-    static __m256 vector(const Gather& g, int64_t at) {
-        __m256 sum = centroid(g.stage[0], at);
-        for (int s = 1; s < g.stages; ++s) sum = _mm256_add_ps(sum, centroid(g.stage[s], at));
-        if (g.signs != nullptr) sum = _mm256_mul_ps(sum, _mm256_loadu_ps(g.sign_table + 8 * g.signs[at]));
-        return sum;
+    template <class Book, class Factor>
+    static __m256 sum(const GatherStage& stage, int64_t from, int64_t n, const Factor& factor) {
+        const Book book(stage);
+        if (stage.narrow != nullptr) return sum(book, stage.narrow + from, n, factor);
+        return sum(book, stage.wide + from, n, factor);
     }
-    // The sum over a vector row of f(i) * vector i, in four parts that do not wait for each other.
+    // All stages of a vector row, one after the other.
     template <class Factor>
     static __m256 total(const Gather& g, int64_t row, const Factor& factor) {
-        __m256 part[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+        __m256 found = _mm256_setzero_ps();
         const int64_t from = row * g.vectors;
-        int64_t i = 0;
-        for (; i + 4 <= g.vectors; i += 4)
-            for (int u = 0; u < 4; ++u) part[u] = _mm256_fmadd_ps(factor(i + u), vector(g, from + i + u), part[u]);
-        for (; i < g.vectors; ++i) part[0] = _mm256_fmadd_ps(factor(i), vector(g, from + i), part[0]);
-        return _mm256_add_ps(_mm256_add_ps(part[0], part[1]), _mm256_add_ps(part[2], part[3]));
+        for (int s = 0; s < g.stages; ++s) {
+            const GatherStage& stage = g.stage[s];
+            if (stage.book != nullptr) {
+                found = _mm256_add_ps(found, sum<FloatBook>(stage, from, g.vectors, factor));
+            } else if (stage.half_book != nullptr) {
+                found = _mm256_add_ps(found, sum<HalfBook>(stage, from, g.vectors, factor));
+            } else {
+                const __m256 steps = sum<ByteBook>(stage, from, g.vectors, factor);
+                found = _mm256_fmadd_ps(steps, _mm256_set1_ps(stage.byte_step), found);
+            }
+        }
+        return found;
+    }
+    template <class Factor>
+    static __m256 signed_total(const Gather& g, int64_t row, const Factor& factor) {
+        if (g.signs == nullptr) return total(g, row, factor);
+        return total(g, row, Signed<Factor>{factor, g.sign_table, g.signs + row * g.vectors});
     }
     static void columns(const Gather& g, const float* x, int64_t first, int64_t last, float* sums) {
         for (int64_t r = first; r < last; ++r) {
-            const __m256 found = total(g, r, [x](int64_t i) { return _mm256_broadcast_ss(x + i); });
+            const __m256 found = signed_total(g, r, Alone{x});
             _mm256_storeu_ps(sums + 8 * r, _mm256_add_ps(_mm256_loadu_ps(sums + 8 * r), found));
         }
     }
     static void rows(const Gather& g, const float* x, int64_t first, int64_t last, float* y) {
         for (int64_t r = first; r < last; ++r) {
             float lanes[8];
-            _mm256_storeu_ps(lanes, total(g, r, [x](int64_t i) { return _mm256_loadu_ps(x + 8 * i); }));
+            _mm256_storeu_ps(lanes, signed_total(g, r, Together{x}));
             for (const float lane : lanes) y[r] += lane;
         }
     }

@@ -16,8 +16,10 @@
 namespace octavo {
 namespace {
 
-// Books up to this size stay in the caches as floats; larger ones are kept as half floats.
-constexpr int64_t kSmallBook = 1 << 18;
+// Most numbers of a book that is kept as floats, and as half floats. Larger ones, VPTQ's 65,536 vectors of eight, are
+// rounded to bytes, so that they leave room in a second-level cache: that is a rounding of the weights of 1 %, beside
+// quantization errors of 10 to 30 %.
+constexpr int64_t kFloatBook = 1 << 16, kHalfBook = 1 << 18;
 
 GatherKernels kernels_for(int isa, int v) {
     switch (isa) {
@@ -47,6 +49,7 @@ struct Part {
     std::vector<float> books[kMaxGatherStages];
     std::vector<uint16_t> half_books[kMaxGatherStages], wide[kMaxGatherStages], signs;
     std::vector<uint8_t> narrow[kMaxGatherStages];
+    std::vector<int8_t> byte_books[kMaxGatherStages];
 };
 
 class GatherMatrix : public Matrix {
@@ -125,7 +128,9 @@ class GatherMatrix : public Matrix {
 void add_centroid(const GatherStage& stage, int64_t at, int v, float* to) {
     const int64_t entry = (stage.narrow != nullptr ? stage.narrow[at] : stage.wide[at]) * int64_t{v};
     for (int j = 0; j < v; ++j)
-        to[j] += stage.book != nullptr ? stage.book[entry + j] : from_half(stage.half_book[entry + j]);
+        to[j] += stage.book != nullptr        ? stage.book[entry + j]
+                 : stage.half_book != nullptr ? from_half(stage.half_book[entry + j])
+                                              : stage.byte_book[entry + j] * stage.byte_step;
 }
 
 void GatherMatrix::numbers(int64_t first, int64_t last, float* to) const {
@@ -192,6 +197,20 @@ float unit_of(const octavo_vectors* parts, int count) {
     return largest > 0.0f && std::isfinite(largest) ? std::exp2(std::floor(std::log2(largest)) - 7.0f) : 1.0f;
 }
 
+// The step that loses least where elements are about normally distributed: beyond four standard deviations they are cut.
+float byte_step(const float* book, int64_t numbers, float unit) {
+    double squares = 0.0;
+    float largest = 0.0f;
+    for (int64_t i = 0; i < numbers; ++i) {
+        const float element = std::fabs(book[i] / unit);
+        squares += double{element} * element;
+        largest = std::max(largest, element);
+    }
+    if (!(largest > 0.0f)) return 1.0f;
+    const float deviation = static_cast<float>(std::sqrt(squares / static_cast<double>(numbers)));
+    return std::min(largest, 4.0f * deviation) / 127.0f;
+}
+
 // Reads what a file has of one part.
 void load(const octavo_vectors& from, int64_t out, bool column_vectors, float unit, Part& part) {
     Gather& g = part.gather;
@@ -206,12 +225,20 @@ void load(const octavo_vectors& from, int64_t out, bool column_vectors, float un
     for (int s = 0; s < from.stages; ++s) {
         code_bits += from.bits[s];
         const int64_t numbers = (int64_t{1} << from.bits[s]) * from.v;
-        if (numbers * 4 <= kSmallBook || from.v % 8 != 0) {
+        if (numbers <= kFloatBook || from.v != 8) {
             for (int64_t i = 0; i < numbers; ++i) part.books[s].push_back(book[i] / unit);
             g.stage[s].book = part.books[s].data();
-        } else {
+        } else if (numbers <= kHalfBook) {
             for (int64_t i = 0; i < numbers; ++i) part.half_books[s].push_back(to_half(book[i] / unit));
             g.stage[s].half_book = part.half_books[s].data();
+        } else {
+            const float step = byte_step(book, numbers, unit);
+            for (int64_t i = 0; i < numbers; ++i) {
+                const float steps = std::nearbyint(book[i] / unit / step);
+                part.byte_books[s].push_back(static_cast<int8_t>(std::clamp(steps, -127.0f, 127.0f)));
+            }
+            g.stage[s].byte_book = part.byte_books[s].data();
+            g.stage[s].byte_step = step;
         }
         book += numbers;
         if (from.bits[s] <= 8) {
