@@ -60,14 +60,14 @@ def error(y: Tensor, wanted: Tensor) -> float:
 def test_products_are_those_of_the_decoded_matrix(name: str) -> None:
     weight = random_weight(LAYOUTS[name], scale=0.1)
     matrix = pack(weight)
+    # Books of 65,536 are rounded to bytes.
+    limit = 1.2e-2 if name == "k65536" else LIMIT
     for n in (1, 3, 9):
         x = torch.randn(n, LAYOUTS[name].shape[1], generator=torch.Generator().manual_seed(n))
         wanted = multiplied(weight, x)
         for isa in isas():
             for threads in (1, 3):
-                assert error(matrix.multiply(x, threads, isa), wanted) < (
-                    1e-2 if max(LAYOUTS[name].stages) > 15 else LIMIT
-                ), (n, isa, threads)
+                assert error(matrix.multiply(x, threads, isa), wanted) < limit, (n, isa, threads)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -76,7 +76,7 @@ def test_prompts_are_multiplied_as_decoded_rows(name: str, dtype: torch.dtype) -
     weight, x = random_weight(LAYOUTS[name], scale=0.1), torch.randn(2, 8, LAYOUTS[name].shape[1]).to(dtype)
     y = gather.Gather.linear(x, pack(weight))
     assert y.dtype == dtype
-    assert error(y, multiplied(weight, x)) < (1e-2 if dtype == torch.float32 else 2e-2)
+    assert error(y, multiplied(weight, x)) < (1.2e-2 if dtype == torch.float32 else 2e-2)
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
