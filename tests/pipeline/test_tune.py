@@ -21,7 +21,7 @@ from octavo import algorithms, formats
 from octavo._core.errors import FormatError, Interrupted, NumericalError, UsageError
 from octavo.evaluation.metrics import evaluate
 from octavo.formats.reader import CheckpointReader
-from octavo.layout import BlockScale, Layout, Outliers
+from octavo.layout import BlockScale, Layout, Outliers, Transform
 from octavo.models.source import resolve
 from octavo.pipeline import Event
 from octavo.pipeline._original import Original
@@ -191,6 +191,17 @@ LAYOUTS = {
     "int4": Layout((8, 16), 2, (3,), direction="row", codebook_dtype="int4", block_scale=BlockScale(4, 0, 3)),
     "grid": Layout((8, 16), 1, (3,), codebook_dtype="grid", block_scale=BlockScale(4, 3)),
     "signs": Layout((9, 16), 3, (3,), codebook_dtype="bfloat16", side_dtype="bfloat16", sign_bits=True),
+    "universal": Layout(
+        (8, 16),
+        8,
+        (8, 8),
+        direction="row",
+        codebook_dtype="universal",
+        codebook="gaussian-v8-k256-256",
+        block_scale=BlockScale(16, 0, 8),
+        bias=True,
+        transform=Transform(16),
+    ),
     "rank": Layout((8, 16), 2, (3,), direction="row", codebook_dtype="float16", tile=(2, 8), codebook_rank=2),
     "rank int8": Layout((8, 16), 2, (3,), direction="row", codebook_dtype="int8", tile=(2, 8), codebook_rank=2),
 }
@@ -217,6 +228,28 @@ def test_the_forward_pass_sees_exactly_what_will_be_stored(name: str) -> None:
         assert torch.equal(seen.bias, stored.bias.float())
     for key, tensor in weight_of(name).tensors.items():
         assert part_of(key) is not None or torch.equal(tensor, stored.tensors[key])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_matrix_that_is_decoded_once_gives_the_same_outputs_and_gradients(name: str) -> None:
+    layers = [TunableLinear(weight_of(name), PARTS, name) for _ in range(2)]
+    layers[1].decode_once = True
+    x, found = torch.randn(5, LAYOUTS[name].shape[1]), []
+    for layer in layers:
+        for at_start in (True, False):
+            layer.at_start = at_start
+            with torch.no_grad():
+                for index, (key, parameter) in enumerate(layer.named_parameters()):
+                    noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+                    parameter.add_(0.1 * layer.unit(key) * noise)
+            found.append(layer(x))
+        found[-1].square().sum().backward()
+    torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[1], found[3], rtol=1e-4, atol=1e-6)
+    for (_, one), (key, other) in zip(layers[0].named_parameters(), layers[1].named_parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5 * float(one.grad.abs().max()), msg=key)
+    assert (layers[1]._decoded is not None) == (name == "universal")
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

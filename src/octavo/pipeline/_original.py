@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from octavo._core.errors import UsageError
 from octavo.calibration import capture
+from octavo.calibration.products import calibration_products
 from octavo.formats import Quantized
 from octavo.formats.reader import CheckpointReader
 from octavo.models import skeleton
@@ -84,7 +85,8 @@ class Original(CausalModel):
             block = self.load_block(index).to(device)
             # Arguments that batches share are moved once.
             moved = {id(k[index]): tree_map(move, k[index]) for k in inputs.kwargs}
-            hidden = capture.forward(block, hidden, [moved[id(k[index])] for k in inputs.kwargs], name)
+            with calibration_products(self.source.dtype, device):
+                hidden = capture.forward(block, hidden, [moved[id(k[index])] for k in inputs.kwargs], name)
             self.release_block(index)
             progress(index + 1, len(self.blocks))
         return self._heads_input(batches, [states.cpu() for states in hidden])

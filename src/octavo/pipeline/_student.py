@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from octavo import formats
 from octavo._core.errors import FormatError, UsageError
+from octavo.calibration.products import calibration_products
 from octavo.formats.reader import DTYPES, CheckpointReader
 from octavo.models import skeleton
 from octavo.models.names import match_names
@@ -36,7 +37,8 @@ class Student(nn.Module):
         tuned: name in the checkpoint (of an untouched layout: of the relaxed one) -> parameter.
         units: by the same names, the natural step size of each.
         layers: module path -> its layer.
-        memory_share: the share of the memory that the inputs of all layers may take in a step.
+        memory_share: the share of the memory that the inputs of all layers may take in a step, and that matrices may
+            take which are decoded once.
 
     Raises:
         FormatError: transformers cannot load it.
@@ -45,7 +47,7 @@ class Student(nn.Module):
 
     def __init__(self, source: ModelSource, train: Sequence[str], device: torch.device) -> None:
         super().__init__()
-        self.name, self.device = source.name, device
+        self.name, self.device, self._stored = source.name, device, source.dtype
         self.memory_share = 0.25
         self.config = formats.check(source.folder)
         self.reader = CheckpointReader(source.folder, strict=True)
@@ -62,6 +64,9 @@ class Student(nn.Module):
             self.model.set_submodule(name, layer)
             for key, parameter in layer.named_parameters(recurse=False):
                 self.tuned[f"{name}.{key}"], self.units[f"{name}.{key}"] = parameter, layer.unit(key)
+        dense = 4 * sum(layer.start.layout.weights for layer in self.layers.values())
+        for layer in self.layers.values():
+            layer.decode_once = dense < _memory(device) * self.memory_share
         if "norms" in train:
             for name, module, leaf in norms_of(self.model):
                 self._round_norm(names[name], module, leaf)
@@ -81,10 +86,11 @@ class Student(nn.Module):
 
     def states(self, ids: Tensor) -> Tensor:
         """What the head reads [sequences, tokens, width], for token ids [sequences, tokens]."""
-        output = self._decoder(input_ids=ids.to(self.device), use_cache=False)
+        with calibration_products(self._stored, self.device):
+            output = self._decoder(input_ids=ids.to(self.device), use_cache=False)
         # The model's own code wants its own kind of answer from the stand-in in `logits`.
         self._answer = type(output)
-        return output.last_hidden_state
+        return output.last_hidden_state.float()
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits [n, vocabulary] of what :meth:`states` gave, [n, width], by the model's own code.

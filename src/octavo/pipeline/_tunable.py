@@ -103,6 +103,9 @@ class TunableLinear(nn.Module):
         self.at_start = False
         #: Keep only the input for the backward pass, and decode the matrix again in it.
         self.decode_again = False
+        #: Keep the matrix decoded where nothing but the scales of its rows changes.
+        self.decode_once = False
+        self._decoded: Tensor | None = None
         free = weight.relaxed()
         self._free, tensors = free.layout, dict(free.tensors)
         block = self._free.block_scale
@@ -189,7 +192,31 @@ class TunableLinear(nn.Module):
 
     def _multiply(self, x: Tensor) -> Tensor:
         weight = self.current()
-        return functional.linear(x, weight.dequantize(), weight.bias)
+        if not (self.decode_once and self._only_rows_scale()):
+            return functional.linear(x, weight.dequantize(), weight.bias)
+        if self._decoded is None:
+            start = self.start.relaxed()
+            scales = start.block_scales()
+            # No power of two is zero.
+            self._decoded = start.dequantize() / scales
+        y = functional.linear(x, self._decoded) * weight.block_scales()[:, 0]
+        return y if weight.bias is None else y + weight.bias
+
+    def _only_rows_scale(self) -> bool:
+        """Whether scales of whole rows, and biases, are all that changes: a transform of the inputs does not mind."""
+        layout = self.start.layout
+        block, transform = layout.block_scale, layout.transform
+        trained = {key for key, _ in self.named_parameters(recurse=False)}
+        return (
+            trained <= {_CODE, "bias"}
+            and block is not None
+            and block.log2_bits > 0
+            and block.zero_bits == 0
+            and block.columns >= layout.main_columns
+            and layout.outliers is None
+            and layout.channel_norm == "none"
+            and (transform is None or transform.output == 0)
+        )
 
 
 def _without_rank(tensors: Mapping[str, Tensor], codebook: Tensor) -> dict[str, Tensor]:
