@@ -44,7 +44,7 @@ const SignTable kSignTable;
 // A codebook's vectors side by side, and what they are multiplied by.
 struct Part {
     Gather gather = {};
-    int64_t columns = 0;      // inputs
+    int64_t columns = 0;  // inputs
     int64_t vector_rows = 0;
     std::vector<float> books[kMaxGatherStages];
     std::vector<uint16_t> half_books[kMaxGatherStages], wide[kMaxGatherStages], signs;
@@ -53,14 +53,14 @@ struct Part {
 };
 
 class GatherMatrix : public Matrix {
-   public:
+  public:
     bool column_vectors = false;
     std::vector<Part> parts;
     std::vector<float> scales, input_scale, offsets;
     std::vector<int64_t> order;
-    int64_t padded = 0;   // inputs of all parts, row vectors filled up
-    int64_t grain = 1;    // rows that no vector crosses
-    float unit = 1.0f;    // of the books: a power of two that keeps half floats far from their smallest
+    int64_t padded = 0;  // inputs of all parts, row vectors filled up
+    int64_t grain = 1;   // rows that no vector crosses
+    float unit = 1.0f;   // of the books: a power of two that keeps half floats far from their smallest
     int64_t bytes = 0;
 
     // After the inputs comes what is added to every row, and room for them in another order.
@@ -197,7 +197,8 @@ float unit_of(const octavo_vectors* parts, int count) {
     return largest > 0.0f && std::isfinite(largest) ? std::exp2(std::floor(std::log2(largest)) - 7.0f) : 1.0f;
 }
 
-// The step that loses least where elements are about normally distributed: beyond four standard deviations they are cut.
+// The step that loses least where elements are about normally distributed: beyond four standard deviations they are
+// cut.
 float byte_step(const float* book, int64_t numbers, float unit) {
     double squares = 0.0;
     float largest = 0.0f;
@@ -274,7 +275,8 @@ void load(const octavo_vectors& from, int64_t out, bool column_vectors, float un
 }
 
 bool usable(const octavo_vectors& p) {
-    if (p.columns < 1 || p.stages < 1 || p.stages > kMaxGatherStages || gather_baseline(p.v).rows == nullptr) return false;
+    if (p.columns < 1 || p.stages < 1 || p.stages > kMaxGatherStages || gather_baseline(p.v).rows == nullptr)
+        return false;
     int bits = p.sign_bits != 0 ? p.v : 0;
     for (int s = 0; s < p.stages; bits += p.bits[s++])
         if (p.bits[s] < 1 || p.bits[s] > 16) return false;

@@ -1,9 +1,10 @@
-// A quantized matrix as the multiplying kernels read it: codes regrouped for one pass over the memory, books as numbers.
+// A quantized matrix as the multiplying kernels read it: codes regrouped for one pass over the memory, books as
+// numbers.
 //
 // A vector of x that meets a codebook gives one product per centroid; every row then only looks its products up:
 //     y[r] = scale[r] sum_p sum_s <x_p, book_s[code[r][p][s]]>
-// Codes stand in the order in which they are read: chunks of positions, groups of kTiles tiles of kRows rows, positions,
-// stages, tiles. A thread takes some chunks, and all rows of them, so it makes just the tables that it uses.
+// Codes stand in the order in which they are read: chunks of positions, groups of kTiles tiles of kRows rows,
+// positions, stages, tiles. A thread takes some chunks, and all rows of them, so it makes just the tables that it uses.
 //
 // Translation units with flags of their own include this: nothing here has external linkage but declarations (lanes.h).
 #pragma once
@@ -26,26 +27,26 @@ constexpr float kLargestSum = 32600.0f;
 constexpr int64_t kTableBytes = 2 * kTable;
 
 struct LookUpStage {
-    int bits;             // of a stored code: 4, 6 or 8
-    int64_t entries;      // of the book
-    const float* book;    // [v][kTable]: centroids in columns, zeros behind the last
-    float largest;        // norm of the largest centroid
+    int bits;           // of a stored code: 4, 6 or 8
+    int64_t entries;    // of the book
+    const float* book;  // [v][kTable]: centroids in columns, zeros behind the last
+    float largest;      // norm of the largest centroid
 };
 
 struct LookUp {
     int v, stages;
     LookUpStage stage[kMaxMatrixStages];
-    int64_t positions;            // vectors of a row
-    int64_t padded_in;            // positions * v
+    int64_t positions;  // vectors of a row
+    int64_t padded_in;  // positions * v
     int64_t chunks;
     const int64_t* chunk_starts;  // [chunks + 1]: their first positions, and `positions`
     const int64_t* chunk_block;   // [chunks]: which of a row's scales a chunk has
     int64_t tiles;
-    int64_t rows;                 // tiles * kRows
-    int64_t tile_bytes;           // codes of a tile at one position
+    int64_t rows;        // tiles * kRows
+    int64_t tile_bytes;  // codes of a tile at one position
     const uint8_t* codes;
-    int64_t blocks;               // scales along a row
-    const float* scales;          // [blocks][rows]
+    int64_t blocks;       // scales along a row
+    const float* scales;  // [blocks][rows]
 };
 
 // Adds the products of chunks [first, last) to sums [columns][rows], scaled by rows if a row has several scales.

@@ -27,7 +27,7 @@ Accumulate accumulate_for(int isa) {
 }
 
 class LookUpMatrix : public Matrix {
-   public:
+  public:
     LookUp look_up = {};
     std::vector<float> books[kMaxMatrixStages];
     std::vector<int64_t> chunk_starts, chunk_block;
@@ -51,8 +51,7 @@ class LookUpMatrix : public Matrix {
         std::fill(sums, sums + columns * look_up.rows, 0.0f);
         int64_t first, last;
         team.share(look_up.chunks, 1, rank, &first, &last);
-        if (first < last)
-            accumulate_for(isa)(look_up, prepared, columns, first, last, space.scratch(rank), sums);
+        if (first < last) accumulate_for(isa)(look_up, prepared, columns, first, last, space.scratch(rank), sums);
     }
 
     void finish(const float*, int64_t columns, int rank, const Team& team, Workspace& space, int,

@@ -35,9 +35,9 @@ void make_table(const LookUpStage& stage, const float* x, float factor, uint8_t*
             first = _mm512_fmadd_ps(_mm512_loadu_ps(book + j * kTable + c), element[j], first);
             second = _mm512_fmadd_ps(_mm512_loadu_ps(book + j * kTable + c + 16), element[j], second);
         }
-        const __m512i words = _mm512_inserti64x4(
-            _mm512_castsi256_si512(_mm512_cvtepi32_epi16(_mm512_cvtps_epi32(first))),
-            _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(second)), 1);
+        const __m512i words =
+            _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(_mm512_cvtps_epi32(first))),
+                               _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(second)), 1);
         _mm256_store_si256(reinterpret_cast<__m256i*>(table + c), _mm512_cvtepi16_epi8(words));
         _mm256_store_si256(reinterpret_cast<__m256i*>(table + kTable + c),
                            _mm512_cvtepi16_epi8(_mm512_srli_epi16(words, 8)));
@@ -90,15 +90,14 @@ struct Narrow {
     explicit Narrow(const uint8_t* table) : low(_mm512_load_si512(table)), high(_mm512_load_si512(table + kTable)) {}
     static __m512i load(const uint8_t* codes) {
         if (Bits == 4) {
-            const __m512i both =
-                _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+            const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
             return _mm512_mask_srli_epi16(both, 0xFFFF0000u, both, 4);
         }
         // Six bytes hold eight codes.
-        const __m512i spread = _mm512_set_epi8(
-            47, 46, 47, 46, 45, 44, 43, 42, 47, 46, 41, 40, 39, 38, 37, 36, 47, 46, 35, 34, 33, 32, 31, 30, 47, 46, 29,
-            28, 27, 26, 25, 24, 47, 46, 23, 22, 21, 20, 19, 18, 47, 46, 17, 16, 15, 14, 13, 12, 47, 46, 11, 10, 9, 8, 7,
-            6, 47, 46, 5, 4, 3, 2, 1, 0);
+        const __m512i spread =
+            _mm512_set_epi8(47, 46, 47, 46, 45, 44, 43, 42, 47, 46, 41, 40, 39, 38, 37, 36, 47, 46, 35, 34, 33, 32, 31,
+                            30, 47, 46, 29, 28, 27, 26, 25, 24, 47, 46, 23, 22, 21, 20, 19, 18, 47, 46, 17, 16, 15, 14,
+                            13, 12, 47, 46, 11, 10, 9, 8, 7, 6, 47, 46, 5, 4, 3, 2, 1, 0);
         const __m512i shifts = _mm512_set1_epi64(0x2A241E18120C0600);
         return _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread, _mm512_loadu_si512(codes)));
     }

@@ -32,12 +32,12 @@ class Workspace;
 
 // A product takes two steps of every thread of a team, with a barrier between them and one behind them.
 class Matrix {
-   public:
+  public:
     int64_t out = 0, in = 0;
-    std::vector<float> bias;    // [out] or empty
-    int64_t transform = 0;      // block of the Hadamard transform of the inputs, or 0
-    std::vector<float> signs;   // [in], over sqrt(transform)
-    uint64_t input = 0;         // equal where prepare() makes the same of the same x; 0 equals nothing
+    std::vector<float> bias;   // [out] or empty
+    int64_t transform = 0;     // block of the Hadamard transform of the inputs, or 0
+    std::vector<float> signs;  // [in], over sqrt(transform)
+    uint64_t input = 0;        // equal where prepare() makes the same of the same x; 0 equals nothing
 
     virtual ~Matrix() = default;
 
@@ -68,13 +68,13 @@ class Matrix {
 
 // Memory of all threads of a team. Throws std::bad_alloc.
 class Workspace {
-   public:
+  public:
     Workspace(int threads, int64_t x_floats, int64_t sums_floats, int64_t scratch_bytes);
     float* x(int rank) { return reinterpret_cast<float*>(at(rank)); }
     float* sums(int rank) { return reinterpret_cast<float*>(at(rank) + x_bytes_); }
     uint8_t* scratch(int rank) { return at(rank) + x_bytes_ + sums_bytes_; }
 
-   private:
+  private:
     uint8_t* at(int rank) { return memory_.get() + rank * (x_bytes_ + sums_bytes_ + scratch_bytes_); }
     int64_t x_bytes_, sums_bytes_, scratch_bytes_;
     Bytes memory_;

@@ -97,9 +97,9 @@ OCTAVO_API int octavo_pack(const int64_t* codes, int64_t rows, int64_t count, in
  * W = (sum of centroids) * scale between the signs and the block Hadamard transform of the inputs. Row r of `indices`
  * [out][ceil(ceil(in / v) * code_bits / 32)] holds a code of code_bits = sum of bits[s] for every v consecutive inputs,
  * that of the first stage in the lowest bits. books: `stages` of them one after the other, [2^bits[s]][v]; v one of
- * 1, 2, 4, 8; 1 to 4 stages of 1 to 8 bits. scales [out][ceil(in / scale_columns)], scale_columns a multiple of v or not
- * below in. transform: block size, a power of two that divides in, or 0; signs: a bit per input, set for -1. bias [out]
- * or NULL. Nothing of what is passed is kept.
+ * 1, 2, 4, 8; 1 to 4 stages of 1 to 8 bits. scales [out][ceil(in / scale_columns)], scale_columns a multiple of v or
+ * not below in. transform: block size, a power of two that divides in, or 0; signs: a bit per input, set for -1. bias
+ * [out] or NULL. Nothing of what is passed is kept.
  */
 OCTAVO_API int octavo_lookup_create(int64_t out, int64_t in, int32_t v, int32_t stages, const int32_t* bits,
                                     const float* books, const uint32_t* indices, int64_t scale_columns,
@@ -113,7 +113,7 @@ OCTAVO_API int octavo_lookup_create(int64_t out, int64_t in, int32_t v, int32_t 
 typedef struct {
     int64_t columns; /* inputs */
     int32_t v, stages;
-    int32_t bits[4]; /* 1 to 16 */
+    int32_t bits[4];   /* 1 to 16 */
     int32_t sign_bits; /* 0 or 1 */
     const float* books;
     const uint32_t* codes;
@@ -132,8 +132,8 @@ OCTAVO_API int octavo_gather_create(int64_t out, int64_t in, int32_t column_vect
 
 OCTAVO_API void octavo_matrix_destroy(void* matrix);
 
-/* y[i] = W x[i] + bias for x [n][in], y [n][out]. Products that are looked up are rounded to 15 bits of the largest sum of
- * a dozen vectors. The sums of different numbers of threads are rounded differently, those of the same number alike.
+/* y[i] = W x[i] + bias for x [n][in], y [n][out]. Products that are looked up are rounded to 15 bits of the largest sum
+ * of a dozen vectors. The sums of different numbers of threads are rounded differently, those of the same number alike.
  */
 OCTAVO_API int octavo_matrix_multiply(const void* matrix, const float* x, int64_t n, float* y, int32_t threads,
                                       int32_t isa);

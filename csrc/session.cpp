@@ -1,4 +1,5 @@
-// The decoder of the Llama family, one call per token: everything between the token and its logits on one team of threads.
+// The decoder of the Llama family, one call per token: everything between the token and its logits on one team of
+// threads.
 //
 // Every thread keeps its own copy of the hidden state and works out norms by itself; what is shared is cut by output
 // rows or by heads, with a barrier before it is read.
@@ -70,11 +71,19 @@ struct Target {
 };
 
 class Run {
-   public:
+  public:
     Run(const Session& session, const int64_t* tokens, int64_t columns, int64_t length, float* logits, int isa,
         Shared& shared, std::vector<Workspace>& spaces)
-        : s_(session), d_(session.d), tokens_(tokens), columns_(columns), length_(length), logits_(logits),
-          ops_(ops_for(isa)), isa_(isa), shared_(shared), spaces_(spaces) {}
+        : s_(session),
+          d_(session.d),
+          tokens_(tokens),
+          columns_(columns),
+          length_(length),
+          logits_(logits),
+          ops_(ops_for(isa)),
+          isa_(isa),
+          shared_(shared),
+          spaces_(spaces) {}
 
     // Called by every thread of the team.
     void thread(int rank, Team& team) const {
@@ -85,8 +94,10 @@ class Run {
         for (int64_t b = 0; b < d_.blocks; ++b) {
             const octavo_block& block = s_.blocks[b];
             norm(h.data(), block.attention_norm, x.data());
-            linear({{&block.query, shared_.query.data()}, {&block.key, shared_.key.data()},
-                    {&block.value, shared_.value.data()}}, x.data(), rank, team);
+            linear({{&block.query, shared_.query.data()},
+                    {&block.key, shared_.key.data()},
+                    {&block.value, shared_.value.data()}},
+                   x.data(), rank, team);
             remember(b, rank, team);
             team.barrier();
             attend(b, own.scores.data(), rank, team);
@@ -110,7 +121,7 @@ class Run {
         for (int64_t i = first; i < end; ++i) logits_[i] = d_.logit_cap * std::tanh(logits_[i] / d_.logit_cap);
     }
 
-   private:
+  private:
     void embed(int64_t token, float* h) const {
         for (int64_t i = 0; i < d_.hidden; ++i) {
             if (d_.embedding.float32 != nullptr) {
@@ -139,7 +150,8 @@ class Run {
     }
 
     // All layers that read the same x. Their outputs are complete, and may be read by all, at the end.
-    void linear(std::initializer_list<Target> targets, const float* x, int rank, Team& team, int64_t columns = 0) const {
+    void linear(std::initializer_list<Target> targets, const float* x, int rank, Team& team,
+                int64_t columns = 0) const {
         if (columns == 0) columns = columns_;
         const float* prepared[kTogether] = {};
         int64_t number = 0;
@@ -315,7 +327,7 @@ int octavo_session_run(void* session, const int64_t* tokens, int64_t n, int64_t 
         for (int i = 0; i < kTogether; ++i) spaces.emplace_back(threads, sizes.x, sizes.sums, sizes.scratch);
         const auto numbers = [&](int64_t width) { return std::vector<float>(static_cast<size_t>(most * width)); };
         const int64_t wide = d.heads * d.head_width, narrow = d.key_heads * d.head_width;
-        Shared shared{numbers(wide),           numbers(narrow),         numbers(narrow),  numbers(wide),
+        Shared shared{numbers(wide),           numbers(narrow),         numbers(narrow),   numbers(wide),
                       numbers(d.intermediate), numbers(d.intermediate), numbers(d.hidden), {}};
         const Own own{numbers(d.hidden), numbers(d.hidden), std::vector<float>(static_cast<size_t>(length + n))};
         shared.own.assign(static_cast<size_t>(threads), own);

@@ -1,7 +1,7 @@
 // Threads that work in step: every one calls body(rank, team), and they wait for each other at barriers.
 //
-// Like parallel.h they live for one call, so nothing survives it and fork() stays safe. Starting them costs some tens of
-// microseconds: a caller has one team for as much work as it can.
+// Like parallel.h they live for one call, so nothing survives it and fork() stays safe. Starting them costs some tens
+// of microseconds: a caller has one team for as much work as it can.
 #pragma once
 
 #include <atomic>
@@ -17,7 +17,7 @@
 namespace octavo {
 
 class Team {
-   public:
+  public:
     // Calls body(rank, team) once for every rank in [0, size()); `threads` are wanted, fewer may come.
     template <class Body>
     static void run(int threads, const Body& body) {
@@ -62,7 +62,7 @@ class Team {
         if (*first > n) *first = n;
     }
 
-   private:
+  private:
     void await_start() const {
         for (int spins = 0; !start_.load(std::memory_order_acquire); ++spins) rest(spins);
     }
