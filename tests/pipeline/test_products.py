@@ -16,6 +16,7 @@ from octavo.math.hessian import HessianAccumulator
 from octavo.models.adapter import CausalModel
 from octavo.models.source import resolve
 from octavo.pipeline.run import quantize
+from octavo.pipeline.tune import tune
 
 FAST = "octavo.calibration.products.fast_bfloat16"
 
@@ -65,10 +66,15 @@ def test_gradients_in_bfloat16_are_close_to_those_in_float32(
 
 
 @pytest.mark.usefixtures("_fast")
-def test_a_whole_job_runs_in_bfloat16(tiny_model: Callable[[str], Path], tiny_text_file: Path, tmp_path: Path) -> None:
+def test_whole_jobs_run_in_bfloat16(tiny_model: Callable[[str], Path], tiny_text_file: Path, tmp_path: Path) -> None:
     options = {"beam": 4, "sweeps": 1}
     report = quantize(
         tiny_model("qwen2"), tmp_path / "out", bits=3.1, calib=tiny_text_file, samples=4, ctx=32, options=options
     )
     errors = [matrix.error for matrix in report.matrices]
     assert all(error is not None and error < 0.1 for error in errors)
+    settings = {"ctx": 32, "samples": 16, "batch_tokens": 128, "steps": 12, "lr": 1e-2, "device": "cpu"}
+    tuned = tune(
+        tmp_path / "out", tmp_path / "tuned", reference=tiny_model("qwen2"), calib=str(tiny_text_file), **settings
+    )
+    assert tuned.kl_after < tuned.kl_before

@@ -84,9 +84,9 @@ class Student(nn.Module):
 
     # ---------------------------------------------------------------- running
 
-    def states(self, ids: Tensor) -> Tensor:
+    def states(self, ids: Tensor, *, exact: bool = False) -> Tensor:
         """What the head reads [sequences, tokens, width], for token ids [sequences, tokens]."""
-        with calibration_products(self._stored, self.device):
+        with calibration_products(torch.float32 if exact else self._stored, self.device):
             output = self._decoder(input_ids=ids.to(self.device), use_cache=False)
         # The model's own code wants its own kind of answer from the stand-in in `logits`.
         self._answer = type(output)
@@ -108,7 +108,7 @@ class Student(nn.Module):
     @torch.no_grad()
     def _probe(self) -> None:
         ids = torch.arange(8, device=self.device).unsqueeze(0)
-        whole, parts = self.model(input_ids=ids, use_cache=False).logits, self.logits(self.states(ids)[0])
+        whole, parts = self.model(input_ids=ids, use_cache=False).logits, self.logits(self.states(ids, exact=True)[0])
         if whole.shape[1:] != parts.shape or not torch.allclose(whole[0], parts, rtol=1e-4, atol=1e-5):
             raise UsageError(
                 f"{self.name}: {type(self.model).__name__} does more between its decoder and its logits than can be "
