@@ -62,18 +62,19 @@ def test_gradients_in_bfloat16_are_close_to_those_in_float32(
     for name, exact in found[0].items():
         rounded = found[1][name]
         assert rounded.dtype == torch.float32
-        assert float((rounded - exact).norm()) < 0.2 * float(exact.norm()), name
+        # A label that falls on the other side of a border changes the gradient of its position altogether.
+        assert float(torch.cosine_similarity(rounded.flatten(), exact.flatten(), dim=0)) > 0.9, name
 
 
 @pytest.mark.usefixtures("_fast")
 def test_whole_jobs_run_in_bfloat16(tiny_model: Callable[[str], Path], tiny_text_file: Path, tmp_path: Path) -> None:
     options = {"beam": 4, "sweeps": 1}
     report = quantize(
-        tiny_model("qwen2"), tmp_path / "out", bits=3.1, calib=tiny_text_file, samples=4, ctx=32, options=options
+        tiny_model("qwen2"), tmp_path / "out", bits=2.1, calib=tiny_text_file, samples=4, ctx=32, options=options
     )
     errors = [matrix.error for matrix in report.matrices]
-    assert all(error is not None and error < 0.1 for error in errors)
-    settings = {"ctx": 32, "samples": 16, "batch_tokens": 128, "steps": 12, "lr": 1e-2, "device": "cpu"}
+    assert all(error is not None and error < 0.2 for error in errors)
+    settings = {"ctx": 32, "samples": 16, "batch_tokens": 128, "steps": 20, "lr": 3e-3, "device": "cpu"}
     tuned = tune(
         tmp_path / "out", tmp_path / "tuned", reference=tiny_model("qwen2"), calib=str(tiny_text_file), **settings
     )
