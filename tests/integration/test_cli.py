@@ -384,6 +384,16 @@ def test_plan_foretells_what_inspect_finds(
     assert "true bits" in out
 
 
+def test_both_commands_say_what_noise_needs_to_decide(
+    capsys: pytest.CaptureFixture[str], tiny_llama: Path, tmp_path: Path
+) -> None:
+    for words in (("plan", tiny_llama), ("quantize", tiny_llama, tmp_path / "out", "--guided", "weights")):
+        code, error = failure(capsys, *words, "--sensitivity", "noise")
+        assert code == 2
+        assert "Give --guided bits or both" in error["message"]
+    assert not list(tmp_path.iterdir())
+
+
 def test_inspect_shows_one_matrix_and_guesses_what_was_meant(
     capsys: pytest.CaptureFixture[str], quantized: Path
 ) -> None:

@@ -33,6 +33,13 @@ class Guided(StrEnum):
     both = "both"
 
 
+class Sensitivity(StrEnum):
+    """Where it comes from what errors of a matrix cost."""
+
+    gradients = "gradients"
+    noise = "noise"
+
+
 class BadHessian(StrEnum):
     """What to do with a matrix whose calibration statistics are unusable."""
 
@@ -71,6 +78,14 @@ GuidedOption = Annotated[
         help="What is decided by what errors cost in the end (a pass of gradients): the weights of tokens, how bits "
         "are shared out, both or none.",
         show_default="what the method does best with",
+    ),
+]
+SensitivityOption = Annotated[
+    Sensitivity,
+    typer.Option(
+        "--sensitivity",
+        help="What --guided bits or both shares bits out by: gradients, or the KL measured with noise in one matrix "
+        "after the other.",
     ),
 ]
 GuideFile = Annotated[

@@ -58,6 +58,7 @@ def command(
     format: options.Format = options.FileFormat.octavo,
     settings: options.Settings = None,
     guided: options.GuidedOption = None,
+    sensitivity: options.SensitivityOption = options.Sensitivity.gradients,
     guide: options.GuideFile = None,
     catch_up: Annotated[
         float | None,
@@ -130,6 +131,7 @@ def command(
                 side_dtype=side_dtype.value,
                 format=format.value,
                 guided=guided.value if guided else None,
+                sensitivity=sensitivity.value,
                 guide=guide,
                 catch_up=catch_up,
                 tune_blocks=block_options if tune_blocks or block_options else None,

@@ -22,7 +22,7 @@ from octavo.math.hessian import caught_up, proxy_loss
 from octavo.models.adapter import CausalModel
 from octavo.pipeline.block_tune import BlockTuneOptions, BlockTuner, BlockTuneReport
 from octavo.pipeline.events import Clock, Progress, Reporter
-from octavo.pipeline.guide import Guide, find
+from octavo.pipeline.guide import Guide, Sensitivity, find
 from octavo.pipeline.plan import Plan
 from octavo.pipeline.store import Store
 from octavo.weight import VQWeight
@@ -58,7 +58,14 @@ class BlockWalk(Reporter):
         self.originals: list[Tensor] = []
 
     def guide(
-        self, causal: CausalModel, algorithm: Algorithm, store: Store, tokens: Tokens, work: Path, file: Path | None
+        self,
+        causal: CausalModel,
+        algorithm: Algorithm,
+        store: Store,
+        tokens: Tokens,
+        work: Path,
+        file: Path | None,
+        sensitivity: Sensitivity = "gradients",
     ) -> Guide:
         """What errors cost, found out now, by the run that is resumed, or by the job that wrote ``file``."""
         if store.state.guide is None:
@@ -69,7 +76,7 @@ class BlockWalk(Reporter):
                 def report(done: int, steps: int) -> None:
                     self.emit("step", "", step=done, steps=steps)
 
-                where: dict[str, Any] = {"file": file, "folder": work / "gradients"}
+                where: dict[str, Any] = {"sensitivity": sensitivity, "file": file, "folder": work / "gradients"}
                 found = find(causal, algorithm, tokens, self.seed, **where, progress=report)
                 store.commit_guide(found.put(store))
         assert store.state.guide is not None

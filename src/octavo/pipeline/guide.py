@@ -7,13 +7,24 @@ the loss on labels that the model drew itself (the Fisher information's diagonal
   (GuidedQuant, arXiv 2505.07004);
 - importances: the KL that an error as large as the weights would cost, matrix by matrix, between which bits are shared
   out (the linearity of HIGGS, arXiv 2411.17525, with gradients in place of measured curves).
+
+Importances can come from noise, too (:mod:`octavo.pipeline.noise`). That measures alpha, the KL that an error as large
+as the weights W and without structure would cost, whereas a method with error feedback leaves errors that H hardly
+feels. What that saves depends on W and H alone: noise N as large as W loses E tr(N H N^T) = |W|^2 tr(H) / in, errors of
+that size under feedback lose sum_j D_j |W_j|^2 with the innovations D of H = R D R^T and the columns W_j
+(:meth:`octavo.algorithms.Algorithm.sensitivity`), so::
+
+    importance = alpha * gain        gain = sum_j D_j |W_j|^2 / (|W|^2 tr(H) / in)
+
+H is E[s x x^T] here as there: the importance by gradients is the same product with 1/2 |W|^2 tr(H) / in, what gradients
+predict, for alpha. Both are KL per token for an error as large as the weights, with error feedback.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,10 +42,13 @@ from octavo.calibration.data import Tokens
 from octavo.calibration.gradients import backpropagate, token_weights
 from octavo.math.hessian import HessianAccumulator
 from octavo.models.adapter import CausalModel
+from octavo.pipeline.noise import measure_noise
 from octavo.pipeline.store import Store
 
 #: What a guide is asked for: weights of the tokens, how bits are shared out, or both.
 Guided = Literal["none", "weights", "bits", "both"]
+#: Where importances come from; token weights always come from gradients.
+Sensitivity = Literal["gradients", "noise"]
 #: No token weighs more than so many times the mean.
 _CAP = 10.0
 #: Where the header of a guide's file has what is no tensor.
@@ -93,14 +107,21 @@ class Guide:
         return cls(weights, importance)
 
 
-def check_guided(guided: str) -> None:
-    """Refuse what is no :data:`Guided`.
+def check_guided(guided: str, sensitivity: str) -> None:
+    """Refuse what is no :data:`Guided` or no :data:`Sensitivity`, and noise that would decide nothing.
 
     Raises:
-        UsageError: it is none.
+        UsageError: says which.
     """
     if guided not in get_args(Guided):
         raise UsageError(f"guided wanted {', '.join(get_args(Guided))}; got {guided!r}")
+    if sensitivity not in get_args(Sensitivity):
+        raise UsageError(f"sensitivity wanted {', '.join(get_args(Sensitivity))}; got {sensitivity!r}")
+    if sensitivity == "noise" and guided not in ("bits", "both"):
+        raise UsageError(
+            f"sensitivity noise decides how bits are shared out, and guided {guided} shares none out by what errors "
+            "cost. Give --guided bits or both, or leave --sensitivity out."
+        )
 
 
 def find(
@@ -109,6 +130,7 @@ def find(
     tokens: Tokens,
     seed: int,
     *,
+    sensitivity: Sensitivity = "gradients",
     file: Path | None = None,
     folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -129,11 +151,12 @@ def find(
         "shape": list(tokens.ids.shape),
         "seed": seed,
         "method": algorithm.name,
+        "sensitivity": sensitivity,
         "options": json.loads(json.dumps(options)),
     }
     if file is not None and file.exists():
         return Guide.load(file, identity)
-    found = measure(causal, algorithm, tokens.ids, seed, folder, progress)
+    found = measure(causal, algorithm, tokens.ids, seed, folder, progress, sensitivity)
     if file is not None:
         found.save(file, identity)
     return found
@@ -146,20 +169,29 @@ def measure(
     seed: int,
     folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    sensitivity: Sensitivity = "gradients",
 ) -> Guide:
     """Find out what errors of every matrix cost, for a method and calibration tokens [windows, ctx].
 
     Args:
         folder: where hidden states of all blocks are kept meanwhile; None keeps them in memory.
+        progress: called with (steps done, steps) of the gradients, and then of the noise.
+        sensitivity: what importances come from. With ``noise``, a matrix that the few windows of noise do not reach
+            (an expert) keeps the importance by gradients, which has the same unit.
 
     Raises:
-        OctavoError: as :func:`octavo.calibration.gradients.backpropagate`.
+        OctavoError: as :func:`octavo.calibration.gradients.backpropagate` and :func:`measure_noise`.
     """
     collector = _Collector(causal, algorithm, tokens.numel(), seed)
     labels = generator(seed, "labels")
     backpropagate(causal, tokens, collector.visit, generator=labels, folder=folder, progress=progress)
     collector.finish()
-    return collector.guide()
+    found = collector.guide()
+    if sensitivity == "gradients":
+        return found
+    alphas = measure_noise(causal, tokens, seed, progress=progress)
+    ratios = {name: alphas[name] / plain for name, plain in collector.plain.items() if alphas[name] > 0 and plain > 0}
+    return replace(found, importance={name: cost * ratios.get(name, 1.0) for name, cost in found.importance.items()})
 
 
 def _capped(weights: Tensor) -> Tensor:
@@ -172,7 +204,11 @@ def _capped(weights: Tensor) -> Tensor:
 
 
 class _Collector:
-    """Statistics of the block whose gradients are just arriving, and the results of those that are done."""
+    """Statistics of the block whose gradients are just arriving, and the results of those that are done.
+
+    Attributes:
+        plain: by matrix, KL per token for an error as large as the weights and without structure or feedback.
+    """
 
     def __init__(self, causal: CausalModel, algorithm: Algorithm, tokens: int, seed: int) -> None:
         self._causal, self._algorithm, self._tokens, self._seed = causal, algorithm, tokens, seed
@@ -180,6 +216,7 @@ class _Collector:
         self._hessians: dict[str, HessianAccumulator] = {}
         self._weights: dict[str, list[Tensor]] = {}
         self._importance: dict[str, float] = {}
+        self.plain: dict[str, float] = {}
 
     def visit(self, block: int, name: str, x: Tensor, g: Tensor) -> None:
         if block != self._block:
@@ -201,6 +238,8 @@ class _Collector:
             shape = (weight.shape[0], weight.shape[1])
             rng = generator(self._seed, self._algorithm.stream(name, shape))
             self._importance[name] = 0.5 * self._algorithm.sensitivity(weight, total, rng, name)
+            energy = weight.square().sum(dtype=torch.float64) * total.diagonal().mean(dtype=torch.float64)
+            self.plain[name] = 0.5 * float(energy)
         self._hessians.clear()
 
     def guide(self) -> Guide:

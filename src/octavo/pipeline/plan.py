@@ -23,7 +23,7 @@ from octavo.layout import Layout, SideDtype
 from octavo.models import skeleton
 from octavo.models.adapter import CausalModel
 from octavo.models.source import resolve
-from octavo.pipeline.guide import check_guided, find
+from octavo.pipeline.guide import Sensitivity, check_guided, find
 from octavo.pipeline.output import Contents
 
 AUTO, DEFAULT_BITS = "auto", 2.25
@@ -116,6 +116,7 @@ def plan(
     format: str = "octavo",
     overrides: Mapping[str, float] | None = None,
     guided: str = "none",
+    sensitivity: Sensitivity = "gradients",
     guide: str | Path | None = None,
     calib: str | Path = "bundled",
     seed: int = 0,
@@ -130,14 +131,16 @@ def plan(
     Args:
         guided: ``bits`` or ``both`` runs the pass of gradients that :func:`octavo.quantize` would run, on the same text
             (``calib``, ``samples``, ``ctx``, ``seed``); bits are shared out as there, and a KL is predicted.
+        sensitivity: what bits are shared out by, as :func:`octavo.quantize` takes it.
         guide: a file for what that pass found out, which :func:`octavo.quantize` takes too.
-        progress: called with (steps done, steps) of that pass.
+        progress: called with (steps done, steps) of that pass, and then of the noise.
 
     Raises:
         UsageError: options that do not fit, patterns that match nothing, shapes that ``tensor_parallel`` cannot split.
         FormatError: a checkpoint that is broken or unknown.
     """
     algorithm, form = build_algorithm(method, bits, side_dtype, options, preset, format), formats.get(format)
+    check_guided(guided, sensitivity)
     source = resolve(model, revision=revision, trust_remote_code=trust_remote_code, work=work)
     causal = CausalModel(source, skip=skip)
     algorithm = suited(algorithm, form, source.dtype)
@@ -145,12 +148,12 @@ def plan(
         check_size(bits, preset)
         algorithm = sized(causal, algorithm, form, size)
     ctx = window_length(ctx, causal.max_positions)
-    check_guided(guided)
     importance = None
     if guided in ("bits", "both"):
         tokens = calibration(causal, str(calib), samples, ctx, seed)
         file = None if guide is None else Path(guide)
-        importance = find(causal, algorithm, tokens, seed, file=file, progress=progress).importance
+        found = find(causal, algorithm, tokens, seed, sensitivity=sensitivity, file=file, progress=progress)
+        importance = found.importance
     return plan_model(causal, algorithm, samples, ctx, tensor_parallel, form, importance, overrides)
 
 

@@ -24,7 +24,7 @@ from octavo.models.source import resolve
 from octavo.pipeline._blocks import BlockWalk, MatrixReport
 from octavo.pipeline.block_tune import BlockTuneOptions, BlockTuneReport
 from octavo.pipeline.events import Progress, peak_memory
-from octavo.pipeline.guide import Guide, Guided, check_guided
+from octavo.pipeline.guide import Guide, Guided, Sensitivity, check_guided
 from octavo.pipeline.output import Contents, write_output
 from octavo.pipeline.plan import Plan, build_algorithm, calibration, check_size, plan_model, sized, suited
 from octavo.pipeline.store import Store, already_there, no_litter, prepare_work
@@ -87,6 +87,7 @@ def quantize(
     format: str = "octavo",
     overrides: Mapping[str, float] | None = None,
     guided: Guided | None = None,
+    sensitivity: Sensitivity = "gradients",
     guide: str | Path | None = None,
     catch_up: float | None = None,
     tune_blocks: Mapping[str, Any] | None = None,
@@ -121,6 +122,8 @@ def quantize(
         guided: what is decided by what errors cost in the end, found out by one pass of gradients through the original
             (:mod:`octavo.pipeline.guide`): the ``weights`` of the calibration tokens, how ``bits`` are shared out
             between the matrices, ``both`` or ``none``. None: the method decides.
+        sensitivity: what bits are shared out by if they are: ``gradients`` of that pass, or the KL measured with
+            ``noise`` in one matrix after the other on top of it (:mod:`octavo.pipeline.noise`).
         guide: a file for what that pass found out: read if it is there, written otherwise. Jobs that differ in bits or
             size alone can share one.
         catch_up: how far, 0 to 1, a matrix aims at the original's outputs on the original's inputs, although it reads
@@ -143,8 +146,8 @@ def quantize(
         tuning = from_dict(TuneOptions, {"calib": str(calib), "ctx": ctx, "seed": seed, **tune}, "tune")
         tuning.place()
     block_options = None if tune_blocks is None else from_dict(BlockTuneOptions, tune_blocks, "tune_blocks")
-    if guided is not None:
-        check_guided(guided)
+    guided = algorithm.guided if guided is None else guided
+    check_guided(guided, sensitivity)
     if catch_up is not None and not 0 <= catch_up <= 1:
         raise UsageError(f"catch_up wanted 0..1, got {catch_up!r}")
     if on_bad_hessian not in ("error", "rtn"):
@@ -168,7 +171,6 @@ def quantize(
                 job.note(warning)
             if os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"):
                 job.note("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set: on a GPU it makes products inexact; unset it")
-            guided = guided or algorithm.guided
             job.catch_up = algorithm.catch_up if catch_up is None else catch_up
             needs_text = algorithm.needs_hessian or guided != "none" or block_options is not None
             tokens = calibration(causal, str(calib), samples, ctx, seed) if needs_text else None
@@ -185,6 +187,7 @@ def quantize(
                 "format": form.name,
                 "overrides": dict(overrides or {}),
                 "guided": guided,
+                "sensitivity": sensitivity,
                 "catch_up": job.catch_up,
                 "tune_blocks": block_options.to_dict() if block_options else None,
                 # Not on_bad_hessian: what is committed did not need it, and its error advises to resume with the other.
@@ -206,7 +209,8 @@ def quantize(
                 store.create()
         found = Guide()
         if guided != "none" and tokens is not None:
-            found = job.guide(causal, algorithm, store, tokens, work, None if guide is None else Path(guide))
+            file = None if guide is None else Path(guide)
+            found = job.guide(causal, algorithm, store, tokens, work, file, sensitivity)
             if guided in ("bits", "both"):
                 the_plan = plan_model(
                     causal, algorithm, samples, ctx, form=form, importance=found.importance, overrides=overrides
