@@ -184,16 +184,19 @@ class TunableLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply [.., in_features] floats."""
-        if self.decode_again and torch.is_grad_enabled():
+        once = self.decode_once and self._only_rows_scale()
+        if self.decode_again and torch.is_grad_enabled() and not once:
             # There is no dropout whose random numbers would have to come again.
             again: Any = checkpoint(self._multiply, x, use_reentrant=False, preserve_rng_state=False)
             return again
-        return self._multiply(x)
+        return self._multiply_rows(x) if once else self._multiply(x)
 
     def _multiply(self, x: Tensor) -> Tensor:
         weight = self.current()
-        if not (self.decode_once and self._only_rows_scale()):
-            return functional.linear(x, weight.dequantize(), weight.bias)
+        return functional.linear(x, weight.dequantize(), weight.bias)
+
+    def _multiply_rows(self, x: Tensor) -> Tensor:
+        weight = self.current()
         if self._decoded is None:
             start = self.start.relaxed()
             scales = start.block_scales()
