@@ -23,40 +23,57 @@ inline float norm(const float* x, int v) {
     return sqrtf(sum);
 }
 
-// Sixteen-bit products of x with all centroids: kTable low bytes, then kTable high bytes.
-template <int V>
-void make_table(const LookUpStage& stage, const float* x, float factor, uint8_t* table) {
-    __m512 element[V];
-    for (int j = 0; j < V; ++j) element[j] = _mm512_set1_ps(x[j] * factor);
+// The bytes of 32 products: low ones to table + c, high ones behind kTable.
+inline void store_products(__m512 first, __m512 second, uint8_t* table) {
+    const __m512i words = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(_mm512_cvtps_epi32(first))),
+                                             _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(second)), 1);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(table), _mm512_cvtepi16_epi8(words));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(table + kTable), _mm512_cvtepi16_epi8(_mm512_srli_epi16(words, 8)));
+}
+
+// Sixteen-bit products of P vectors with all centroids: kTable low bytes, then kTable high bytes each. Vectors share
+// the loads of centroids.
+template <int V, int P>
+void make_tables(const LookUpStage& stage, const float* x, float factor, uint8_t* table, int64_t step) {
     const float* book = stage.book;
     for (int64_t c = 0; c < stage.entries; c += 32) {
-        __m512 first = _mm512_setzero_ps(), second = first;
+        __m512 first[P], second[P];
+        for (int p = 0; p < P; ++p) first[p] = second[p] = _mm512_setzero_ps();
         for (int j = 0; j < V; ++j) {
-            first = _mm512_fmadd_ps(_mm512_loadu_ps(book + j * kTable + c), element[j], first);
-            second = _mm512_fmadd_ps(_mm512_loadu_ps(book + j * kTable + c + 16), element[j], second);
+            const __m512 low = _mm512_loadu_ps(book + j * kTable + c);
+            const __m512 high = _mm512_loadu_ps(book + j * kTable + c + 16);
+            for (int p = 0; p < P; ++p) {
+                const __m512 element = _mm512_set1_ps(x[p * V + j] * factor);
+                first[p] = _mm512_fmadd_ps(low, element, first[p]);
+                second[p] = _mm512_fmadd_ps(high, element, second[p]);
+            }
         }
-        const __m512i words =
-            _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(_mm512_cvtps_epi32(first))),
-                               _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(second)), 1);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(table + c), _mm512_cvtepi16_epi8(words));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(table + kTable + c),
-                           _mm512_cvtepi16_epi8(_mm512_srli_epi16(words, 8)));
+        for (int p = 0; p < P; ++p) store_products(first[p], second[p], table + p * step + c);
     }
     if (stage.bits == 4) {
         // Four copies, so that a look-up may leave the neighbour's bits in the index.
-        for (int plane = 0; plane < 2; ++plane) {
-            __m512i* at = reinterpret_cast<__m512i*>(table + plane * kTable);
+        for (int plane = 0; plane < 2 * P; ++plane) {
+            __m512i* at = reinterpret_cast<__m512i*>(table + plane / 2 * step + plane % 2 * kTable);
             _mm512_store_si512(at, _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<__m128i*>(at))));
         }
     }
 }
 
-inline void make_table(int v, const LookUpStage& stage, const float* x, float factor, uint8_t* table) {
+// The tables of n vectors in a row, `step` bytes apart.
+template <int V>
+void make_tables(const LookUpStage& stage, const float* x, int64_t n, float factor, uint8_t* table, int64_t step) {
+    int64_t p = 0;
+    for (; p + 4 <= n; p += 4) make_tables<V, 4>(stage, x + p * V, factor, table + p * step, step);
+    for (; p < n; ++p) make_tables<V, 1>(stage, x + p * V, factor, table + p * step, step);
+}
+
+inline void make_tables(int v, const LookUpStage& stage, const float* x, int64_t n, float factor, uint8_t* table,
+                        int64_t step) {
     switch (v) {
-        case 1: return make_table<1>(stage, x, factor, table);
-        case 2: return make_table<2>(stage, x, factor, table);
-        case 4: return make_table<4>(stage, x, factor, table);
-        default: return make_table<8>(stage, x, factor, table);
+        case 1: return make_tables<1>(stage, x, n, factor, table, step);
+        case 2: return make_tables<2>(stage, x, n, factor, table, step);
+        case 4: return make_tables<4>(stage, x, n, factor, table, step);
+        default: return make_tables<8>(stage, x, n, factor, table, step);
     }
 }
 
@@ -182,9 +199,8 @@ void octavo::accumulate_vbmi(const LookUp& m, const float* x, int64_t columns, i
             back[column] = bound / kLargestSum;
             if (!(bound > 0.0f)) continue;
             uint8_t* table = scratch + column * column_bytes;
-            for (int64_t p = 0; p < positions; ++p)
-                for (int s = 0; s < m.stages; ++s, table += kTableBytes)
-                    make_table(m.v, m.stage[s], part + p * m.v, kLargestSum / bound, table);
+            for (int k = 0; k < m.stages; ++k, table += kTableBytes)
+                make_tables(m.v, m.stage[k], part, positions, kLargestSum / bound, table, m.stages * kTableBytes);
         }
         const float* scales = m.blocks > 1 ? m.scales + m.chunk_block[c] * m.rows : nullptr;
         for (int64_t tile = 0; tile < m.tiles; tile += kTiles) {

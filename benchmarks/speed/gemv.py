@@ -30,7 +30,7 @@ from table import machine
 from octavo import codebooks
 from octavo._core.io import write_json
 from octavo.evaluation.speed import read_bandwidth
-from octavo.kernels.lookup import PackedMatrix
+from octavo.kernels.lookup import pack
 from octavo.layout import BlockScale, Layout, Transform
 from octavo.math import hadamard
 from octavo.weight import VQWeight
@@ -68,7 +68,7 @@ class Ours:
         )
         generator = torch.Generator().manual_seed(0)
         self.name, self.bits, self.count = name, layout.bits_per_weight, count
-        self.matrices = [PackedMatrix(VQWeight(layout, random_tensors(layout, generator))) for _ in range(count)]
+        self.matrices = [pack(VQWeight(layout, random_tensors(layout, generator))) for _ in range(count)]
         self.x = torch.randn(1, shape[1], generator=generator)
 
     def round(self, threads: int) -> None:
@@ -142,6 +142,8 @@ def interleaved(runners: list[Any], threads: int, rounds: int) -> list[list[floa
     taken: list[list[float]] = [[] for _ in runners]
     for turn in range(rounds + 1):
         for runner, times in zip(runners, taken, strict=True):
+            # The threads of whoever ran before spin for a while before they sleep.
+            time.sleep(0.2)
             began = time.perf_counter()
             runner.round(threads)
             if turn:

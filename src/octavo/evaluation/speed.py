@@ -13,10 +13,13 @@ from typing import Any, Protocol
 import torch
 
 from octavo._core.errors import FormatError, UsageError
+from octavo.math.threads import one_thread
 from octavo.runtime.decoder import NativeDecoder
 
 #: Numbers that are read to measure the memory: far beyond every cache.
 _READ_BYTES = 1 << 29
+#: Seconds between two runners.
+_PAUSE = 0.2
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class Native:
         self.decoder.rewind(0)
 
     def read(self, tokens: Sequence[int]) -> int:
-        return int(self.decoder.run(torch.tensor(tokens)).argmax())
+        with one_thread():
+            return int(self.decoder.run(torch.tensor(tokens)).argmax())
 
 
 class Transformers:
@@ -164,6 +168,8 @@ def measure(
     for turn in range(rounds + 1):
         for runner, (reading, saying) in zip(runners, seconds, strict=True):
             runner.start()
+            # The threads of whoever ran before spin for a while before they sleep.
+            time.sleep(_PAUSE)
             began = time.perf_counter()
             token = runner.read(ids)
             middle = time.perf_counter()

@@ -100,7 +100,8 @@ class NativeDecoder:
     def __init__(self, model: Any, capacity: int | None = None, threads: int | None = None) -> None:
         if reason := why_not(model):
             raise UsageError(f"{type(model).__name__} cannot run natively: {reason}.")
-        self.model, self.threads = model, threads
+        # Asked now: whoever runs the decoder may confine torch to one thread meanwhile.
+        self.model, self.threads = model, threads or clib.threads()
         config = model.config.get_text_config()
         self.capacity = capacity or min(getattr(config, "max_position_embeddings", None) or 4096, 4096)
         self.length = 0
@@ -144,7 +145,7 @@ class NativeDecoder:
         status = clib.call(
             lib.octavo_session_run,
             *(self._session, tokens.data_ptr(), tokens.numel(), self.length, logits.data_ptr()),
-            *(self.threads or clib.threads(), _BEST_ISA),
+            *(self.threads, _BEST_ISA),
         )
         if status == clib.OUT_OF_RANGE:
             raise UsageError(f"run: a token is not in 0..{self._vocabulary - 1}.")
@@ -160,7 +161,12 @@ class NativeDecoder:
     @torch.inference_mode()
     def _read_prompt(self, tokens: Tensor) -> Tensor:
         """Let transformers run the first tokens, and take over its keys and values."""
-        output = self.model(input_ids=tokens.unsqueeze(0), use_cache=True, logits_to_keep=1)
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            output = self.model(input_ids=tokens.unsqueeze(0), use_cache=True, logits_to_keep=1)
+        finally:
+            torch.set_num_threads(before)
         lib = clib.library()
         assert lib is not None
         for index, layer in enumerate(output.past_key_values.layers):

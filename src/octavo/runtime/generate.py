@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from octavo._core.errors import UsageError
+from octavo.math.threads import one_thread
 from octavo.runtime.decoder import NativeDecoder
 
 #: Likeliest tokens that are looked at first; a nucleus that needs more is rare and sorts the whole vocabulary.
@@ -91,7 +92,9 @@ class Conversation:
         self._tokens = list(ids[:common])
         logits = self._run(ids[common:])
         for _ in range(limit):
-            token = self.sampling.draw(logits, torch.tensor(self._tokens), self._generator)
+            # A second thread of torch's would go on spinning where the decoder's threads want to run.
+            with one_thread():
+                token = self.sampling.draw(logits, torch.tensor(self._tokens), self._generator)
             yield token
             if token in stop or self.decoder.length == self.decoder.capacity:
                 return
