@@ -72,9 +72,14 @@ class BlockWalk(Reporter):
             if file is None or not file.exists():
                 self.emit("phase", f"finding out what errors cost, on {tokens.ids.numel()} tokens")
             with self.clock.phase("gradients"):
+                began = last = time.perf_counter()
 
                 def report(done: int, steps: int) -> None:
-                    self.emit("step", "", step=done, steps=steps)
+                    nonlocal last
+                    now = time.perf_counter()
+                    left = (now - began) / done * (steps - done)
+                    self.emit("step", "", step=done, steps=steps, seconds=now - last, eta_seconds=left)
+                    last = now
 
                 where: dict[str, Any] = {"sensitivity": sensitivity, "file": file, "folder": work / "gradients"}
                 found = find(causal, algorithm, tokens, self.seed, **where, progress=report)
