@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -142,10 +142,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def _exact_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def _exact_calibration() -> Iterator[None]:
     """The same numbers whether or not a processor multiplies bfloat16 fast; test_products.py has the rest."""
-    monkeypatch.setattr("octavo.calibration.products.fast_bfloat16", lambda: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("octavo.calibration.products.fast_bfloat16", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -115,14 +115,15 @@ class LlamaCpp:
         running.n_ctx = context
         running.n_batch = running.n_ubatch = 512
         running.n_threads = running.n_threads_batch = threads
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), loading)
+        self._model: Any = llama_cpp.llama_model_load_from_file(str(path).encode(), loading)
         self._context = llama_cpp.llama_init_from_model(self._model, running) if self._model else None
         if not self._context:
             raise FormatError(f"llama.cpp cannot load {path}.")
         self.name = f"llama.cpp {path.name}"
         # What a token reads: everything but the embedding, unless that is the head, too.
         self.bytes_per_token: int | None = int(llama_cpp.llama_model_size(self._model))
-        self._vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        words: Any = llama_cpp.llama_model_get_vocab(self._model)
+        self._vocabulary = llama_cpp.llama_vocab_n_tokens(words)
 
     def start(self) -> None:
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
