@@ -97,9 +97,10 @@ class VQLinear(nn.Module):
             self._chosen = key, select.choose(self.layout, device)[0]
         return self._chosen[1]
 
-    def why_not(self, kernel: str) -> str:
-        """Why a kernel cannot run this layer where it is, or an empty string."""
-        return select.obstacle(kernel, self.layout, self._buffers["indices"].device)  # type: ignore[union-attr]
+    def why_not_packed(self) -> str:
+        """Why this layer does not run from a packed matrix where it is, or an empty string; packs nothing."""
+        name, reason = select.choose(self.layout, self._buffers["indices"].device)  # type: ignore[union-attr]
+        return "" if select.registry.get(name).prepares else f"the kernel {name} runs it ({reason})"
 
     def prepared(self) -> Any:
         """What the kernel that runs here made of the tensors; made anew if any of them was replaced or written to."""

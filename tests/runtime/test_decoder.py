@@ -145,6 +145,19 @@ def test_other_architectures_are_refused_with_the_reason(tiny_model: Tiny, name:
         NativeDecoder(model)
 
 
+def test_asking_packs_nothing_and_a_forced_slow_kernel_is_the_reason(
+    packed: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from octavo.nn import VQLinear
+
+    model = packed("qwen2")
+    with monkeypatch.context() as patch:
+        patch.setattr(VQLinear, "prepared", None)
+        assert why_not(model) == ""
+    monkeypatch.setenv(select.ENVIRONMENT, "reference")
+    assert "is not packed: the kernel reference runs it (OCTAVO_KERNEL is set)" in why_not(model)
+
+
 # ------------------------------------------------------------------------------------------------ generation
 
 

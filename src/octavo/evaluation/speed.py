@@ -16,7 +16,7 @@ from octavo._core.errors import FormatError, UsageError
 from octavo.math.threads import one_thread
 from octavo.runtime.decoder import NativeDecoder
 
-#: Numbers that are read to measure the memory: far beyond every cache.
+#: Bytes that are read to measure the memory: far beyond every cache.
 _READ_BYTES = 1 << 29
 #: Seconds between two runners.
 _PAUSE = 0.2
@@ -120,7 +120,7 @@ class LlamaCpp:
         if not self._context:
             raise FormatError(f"llama.cpp cannot load {path}.")
         self.name = f"llama.cpp {path.name}"
-        # What a token reads: everything but the embedding, unless that is the head, too.
+        # All tensors: an embedding that is not the head as well counts, though a token reads one row of it.
         self.bytes_per_token: int | None = int(llama_cpp.llama_model_size(self._model))
         words: Any = llama_cpp.llama_model_get_vocab(self._model)
         self._vocabulary = llama_cpp.llama_vocab_n_tokens(words)
@@ -161,10 +161,10 @@ def measure(
 ) -> list[Speed]:
     """Measure all runners in turn, round by round, so that a machine that slows down slows all of them.
 
-    Every round reads ``prompt`` random tokens below ``vocabulary`` from an empty cache (0 leaves that out), then takes
+    Every round reads ``prompt`` random tokens below ``vocabulary`` from an empty cache, then takes
     ``generate`` likeliest tokens one after the other. A round before the first is not counted.
     """
-    ids = torch.randint(0, vocabulary, (max(prompt, 1),), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(0, vocabulary, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
     seconds: list[tuple[list[float], list[float]]] = [([], []) for _ in runners]
     for turn in range(rounds + 1):
         for runner, (reading, saying) in zip(runners, seconds, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional
 
 from octavo._core import clib
 from octavo.kernels.select import Kernel
+from octavo.layout import Layout
 from octavo.weight import VQWeight
 
 _BEST_ISA = 0
@@ -64,10 +66,16 @@ class PackedKernel(Kernel):
 
     prepares = True
     many: ClassVar[int]
+    #: Why a layout cannot be packed, or an empty string.
+    refuses: ClassVar[Callable[[Layout], str]]
 
     @staticmethod
     def missing() -> str:
         return clib.why_missing()
+
+    @classmethod
+    def why_not(cls, layout: Layout, device: torch.device) -> str:
+        return f"it runs on the CPU, not on {device.type}" if device.type != "cpu" else cls.refuses(layout)
 
     @staticmethod
     def takes(x: Tensor) -> bool:

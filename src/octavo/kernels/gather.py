@@ -105,11 +105,5 @@ class Gather(PackedKernel):
 
     rank = 5
     many = 4
-
-    @staticmethod
-    def why_not(layout: Layout, device: torch.device) -> str:
-        return f"it runs on the CPU, not on {device.type}" if device.type != "cpu" else why_not(layout)
-
-    @staticmethod
-    def prepare(weight: VQWeight) -> PackedMatrix:
-        return pack(weight)
+    refuses = staticmethod(why_not)
+    prepare = staticmethod(pack)

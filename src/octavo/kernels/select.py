@@ -81,11 +81,11 @@ def choose(layout: Layout, device: torch.device) -> tuple[str, str]:
     if forced:
         if forced not in registry.names():
             raise UsageError(f"{ENVIRONMENT}={forced}: no such kernel; known: {', '.join(registry.names())}.")
-        reason = obstacle(forced, layout, device)
+        reason = _obstacle(forced, layout, device)
         if reason:
             raise UsageError(f"{ENVIRONMENT}={forced} cannot run here: {reason}. Unset it to let Octavo choose.")
         return forced, f"{ENVIRONMENT} is set"
-    obstacles = {name: obstacle(name, layout, device) for name in registry}
+    obstacles = {name: _obstacle(name, layout, device) for name in registry}
     usable = [name for name, obstacle in obstacles.items() if not obstacle]
     best = max(usable, key=lambda name: registry.get(name).rank)
     faster = [f"{n}: {why}" for n, why in obstacles.items() if why and registry.get(n).rank > registry.get(best).rank]
@@ -103,7 +103,6 @@ def table() -> list[Row]:
     return sorted(rows, key=lambda row: -row.rank)
 
 
-def obstacle(name: str, layout: Layout, device: torch.device) -> str:
-    """Why the kernel of this name cannot run ``layout`` on ``device``, or an empty string."""
+def _obstacle(name: str, layout: Layout, device: torch.device) -> str:
     kernel = registry.get(name)
     return kernel.missing() or kernel.why_not(layout, device)

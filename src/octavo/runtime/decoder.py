@@ -68,8 +68,8 @@ def why_not(model: Any) -> str:
     if any(kind not in ("full_attention", "sliding_attention") for kind in getattr(config, "layer_types", None) or ()):
         return "it has layers that are neither full nor sliding attention"
     for name, layer in model.named_modules():
-        if isinstance(layer, VQLinear) and not isinstance(layer.prepared(), PackedMatrix):
-            return f"{name} has no kernel over packed matrices: {layer.why_not('gather')}"
+        if isinstance(layer, VQLinear) and (reason := layer.why_not_packed()):
+            return f"{name} is not packed: {reason}"
         if not isinstance(layer, VQLinear | nn.Linear) and name.endswith("_proj"):
             return f"{name} is a {type(layer).__name__}"
     return ""
