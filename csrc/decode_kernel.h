@@ -3,6 +3,7 @@
 
 #include <string.h>
 
+#include "half.h"
 #include "lookup.h"
 
 #if defined(__AVX2__)
@@ -35,11 +36,7 @@ inline void store_scaled(__m256 sum, float scale, uint16_t* to) {  // bfloat16, 
 #endif
 
 inline void narrow(float value, float* to) { *to = value; }
-inline void narrow(float value, uint16_t* to) {  // bfloat16, to nearest even
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    *to = static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
+inline void narrow(float value, uint16_t* to) { *to = to_bfloat16(value); }
 
 // Rows of a tile as numbers to[rows][in]. books are [kTable][V].
 template <int V, class T>

@@ -1,7 +1,6 @@
 // The matrix whose centroids are added up where they lie; see gather.h.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <new>
 #include <numeric>
 #include <vector>
@@ -11,7 +10,6 @@
 #include "half.h"
 #include "matrix.h"
 #include "octavo_c.h"
-#include "parallel.h"
 
 namespace octavo {
 namespace {
@@ -158,13 +156,20 @@ void GatherMatrix::numbers(int64_t first, int64_t last, float* to) const {
 }
 
 void GatherMatrix::decode(int64_t first, int64_t last, bool bfloat16, void* to, int threads) const {
-    parallel_for((last - first + OCTAVO_ROWS - 1) / OCTAVO_ROWS, 1, threads, [&](int64_t from, int64_t until) {
-        std::vector<float> rows(static_cast<size_t>(OCTAVO_ROWS * padded)), row(static_cast<size_t>(in));
+    // Memory is taken here: an exception must not leave another thread.
+    const int64_t pieces = (last - first + OCTAVO_ROWS - 1) / OCTAVO_ROWS;
+    const int64_t workers = std::max<int64_t>(std::min<int64_t>(threads, pieces), 1);
+    std::vector<float> all(static_cast<size_t>(workers * (OCTAVO_ROWS * padded + in)));
+    Team::run(static_cast<int>(workers), [&](int rank, const Team& team) {
+        float* const rows = all.data() + rank * (OCTAVO_ROWS * padded + in);
+        float* const row = rows + OCTAVO_ROWS * padded;
+        int64_t from, until;
+        team.share(pieces, 1, rank, &from, &until);
         for (int64_t t = from; t < until; ++t) {
             const int64_t top = first + t * OCTAVO_ROWS, end = std::min<int64_t>(top + OCTAVO_ROWS, last);
-            numbers(top, end, rows.data());
+            numbers(top, end, rows);
             for (int64_t r = top; r < end; ++r) {
-                const float* values = rows.data() + (r - top) * padded;
+                const float* values = rows + (r - top) * padded;
                 for (int64_t i = 0; i < in; ++i) row[order.empty() ? i : order[i]] = values[i];
                 const float scale = scales.empty() ? unit : unit * scales[r];
                 for (int64_t i = 0; i < in; ++i) {
@@ -173,10 +178,7 @@ void GatherMatrix::decode(int64_t first, int64_t last, bool bfloat16, void* to, 
                     if (!offsets.empty()) value += offsets[i];
                     const int64_t at = (r - first) * in + i;
                     if (bfloat16) {
-                        uint32_t bits;
-                        std::memcpy(&bits, &value, sizeof bits);
-                        static_cast<uint16_t*>(to)[at] =
-                            static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+                        static_cast<uint16_t*>(to)[at] = to_bfloat16(value);
                     } else {
                         static_cast<float*>(to)[at] = value;
                     }

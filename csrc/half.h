@@ -1,4 +1,4 @@
-// Half floats without instructions for them.
+// Half floats and bfloat16 without instructions for them.
 //
 // Included by translation units with flags of their own, so everything lives in an unnamed namespace (see lanes.h).
 #pragma once
@@ -39,6 +39,19 @@ inline uint16_t to_half(float value) {
     }
     bits += 0xFFF + (bits >> 13 & 1);
     return static_cast<uint16_t>(sign | (bits - 0x38000000) >> 13);
+}
+
+inline float from_bfloat16(uint16_t value) {
+    const uint32_t bits = static_cast<uint32_t>(value) << 16;
+    float number;
+    memcpy(&number, &bits, sizeof number);
+    return number;
+}
+
+inline uint16_t to_bfloat16(float value) {  // to nearest even
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 // Translation units with flags of their own include this: nothing here has external linkage but declarations (lanes.h).
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -76,6 +77,18 @@ inline int64_t scratch_bytes(const octavo::LookUp& m, int64_t columns) {
 inline int64_t code_offset(const octavo::LookUp& m, int64_t chunk, int64_t tile) {
     const int64_t first = m.chunk_starts[chunk], count = m.chunk_starts[chunk + 1] - first;
     return (first * m.tiles + count * tile) * m.tile_bytes;
+}
+
+// No row's products of `positions` vectors in a row add up to more, by the inequality of Cauchy and Schwarz.
+inline float largest_sum(const octavo::LookUp& m, const float* x, int64_t positions) {
+    float centroids = 0.0f, vectors = 0.0f;
+    for (int s = 0; s < m.stages; ++s) centroids += m.stage[s].largest;
+    for (int64_t p = 0; p < positions; ++p, x += m.v) {
+        float squares = 0.0f;
+        for (int j = 0; j < m.v; ++j) squares += x[j] * x[j];
+        vectors += sqrtf(squares);
+    }
+    return vectors * centroids;
 }
 
 // A tile's codes of a stage, one byte each and in their places, to the bits that are stored.

@@ -3,8 +3,6 @@
 // Included by translation units with flags of their own, so nothing here has external linkage (see lanes.h).
 #pragma once
 
-#include <math.h>
-
 #include "lookup.h"
 
 namespace {
@@ -12,16 +10,9 @@ namespace {
 using octavo::kChunk;
 using octavo::kRows;
 using octavo::kTable;
-using octavo::kTableBytes;
 using octavo::kTiles;
 using octavo::LookUp;
 using octavo::LookUpStage;
-
-inline float norm(const float* x, int v) {
-    float sum = 0.0f;
-    for (int j = 0; j < v; ++j) sum += x[j] * x[j];
-    return sqrtf(sum);
-}
 
 inline void make_table(int v, const LookUpStage& stage, const float* x, float factor, int16_t* table) {
     float products[kTable];
@@ -58,16 +49,12 @@ inline void accumulate(const LookUp& m, const float* x, int64_t columns, int64_t
                        float* sums) {
     const int64_t column_entries = kChunk * m.stages * kTable;
     int16_t* const tables = reinterpret_cast<int16_t*>(scratch);
-    float largest = 0.0f;
-    for (int s = 0; s < m.stages; ++s) largest += m.stage[s].largest;
     for (int64_t c = first; c < last; ++c) {
         const int64_t start = m.chunk_starts[c], positions = m.chunk_starts[c + 1] - start;
         float back[octavo::kColumns];
         for (int64_t column = 0; column < columns; ++column) {
             const float* part = x + column * m.padded_in + start * m.v;
-            float bound = 0.0f;
-            for (int64_t p = 0; p < positions; ++p) bound += norm(part + p * m.v, m.v);
-            bound *= largest;
+            const float bound = largest_sum(m, part, positions);
             back[column] = bound / octavo::kLargestSum;
             if (!(bound > 0.0f)) continue;
             int16_t* table = tables + column * column_entries;

@@ -1,6 +1,5 @@
 // Looks products up in vector registers: AVX-512 VBMI has one instruction that reads 64 bytes from a table of 128.
 #include <immintrin.h>
-#include <math.h>
 
 #include "lookup.h"
 
@@ -16,12 +15,6 @@ using octavo::LookUpStage;
 
 // How far ahead of their use codes are asked for.
 constexpr int kAhead = 4096;
-
-inline float norm(const float* x, int v) {
-    float sum = 0.0f;
-    for (int j = 0; j < v; ++j) sum += x[j] * x[j];
-    return sqrtf(sum);
-}
 
 // The bytes of 32 products: low ones to table + c, high ones behind kTable.
 inline void store_products(__m512 first, __m512 second, uint8_t* table) {
@@ -186,16 +179,12 @@ constexpr Group kGroups[kTiles + 1] = {nullptr,  group<1>, group<2>, group<3>, g
 void octavo::accumulate_vbmi(const LookUp& m, const float* x, int64_t columns, int64_t first, int64_t last,
                              uint8_t* scratch, float* sums) {
     const int64_t column_bytes = kChunk * m.stages * kTableBytes;
-    float largest = 0.0f;
-    for (int s = 0; s < m.stages; ++s) largest += m.stage[s].largest;
     for (int64_t c = first; c < last; ++c) {
         const int64_t start = m.chunk_starts[c], positions = m.chunk_starts[c + 1] - start;
         float back[kColumns];
         for (int64_t column = 0; column < columns; ++column) {
             const float* part = x + column * m.padded_in + start * m.v;
-            float bound = 0.0f;
-            for (int64_t p = 0; p < positions; ++p) bound += norm(part + p * m.v, m.v);
-            bound *= largest;
+            const float bound = largest_sum(m, part, positions);
             back[column] = bound / kLargestSum;
             if (!(bound > 0.0f)) continue;
             uint8_t* table = scratch + column * column_bytes;

@@ -121,12 +121,7 @@ inline void all_to_half(const float* x, int64_t n, uint16_t* to) {
 }
 
 inline float number(float x) { return x; }
-inline float number(uint16_t bfloat16) {
-    const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
+inline float number(uint16_t x) { return from_bfloat16(x); }
 
 template <class T>
 void dense(const T* rows, int64_t n, const float* x, int64_t first, int64_t last, float* y) {

@@ -5,12 +5,12 @@
 // rows or by heads, with a barrier before it is read.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <initializer_list>
 #include <new>
 #include <vector>
 
 #include "cpu.h"
+#include "half.h"
 #include "matrix.h"
 #include "octavo_c.h"
 #include "ops.h"
@@ -124,13 +124,10 @@ class Run {
   private:
     void embed(int64_t token, float* h) const {
         for (int64_t i = 0; i < d_.hidden; ++i) {
-            if (d_.embedding.float32 != nullptr) {
-                h[i] = d_.embedding.float32[token * d_.hidden + i];
-            } else {
-                const uint32_t bits = static_cast<uint32_t>(d_.embedding.bfloat16[token * d_.hidden + i]) << 16;
-                std::memcpy(h + i, &bits, sizeof bits);
-            }
-            h[i] *= d_.embedding_factor;
+            const int64_t at = token * d_.hidden + i;
+            const float number =
+                d_.embedding.float32 != nullptr ? d_.embedding.float32[at] : from_bfloat16(d_.embedding.bfloat16[at]);
+            h[i] = number * d_.embedding_factor;
         }
     }
 
