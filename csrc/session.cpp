@@ -57,6 +57,10 @@ struct Sizes {
 // What a thread has for itself: hidden states, what a layer reads, scores of attention.
 struct Own {
     std::vector<float> h, x, scores;
+    // Of the rotary positions, [columns][head_width / 2], and what they were made from: blocks share them.
+    std::vector<float> cosines, sines;
+    const float* frequencies = nullptr;
+    float rotary_factor = 0.0f;
 };
 
 // What the threads of a run share. Vectors of all columns stand one after the other.
@@ -89,6 +93,7 @@ class Run {
     void thread(int rank, Team& team) const {
         const int64_t hidden = d_.hidden;
         Own& own = shared_.own[static_cast<size_t>(rank)];
+        own.frequencies = nullptr;
         std::vector<float>&h = own.h, &x = own.x;
         for (int64_t c = 0; c < columns_; ++c) embed(tokens_[c], h.data() + c * hidden);
         for (int64_t b = 0; b < d_.blocks; ++b) {
@@ -98,9 +103,10 @@ class Run {
                     {&block.key, shared_.key.data()},
                     {&block.value, shared_.value.data()}},
                    x.data(), rank, team);
-            remember(b, rank, team);
+            turn(block, own);
+            remember(b, own, rank, team);
             team.barrier();
-            attend(b, own.scores.data(), rank, team);
+            attend(b, own, rank, team);
             team.barrier();
             linear({{&block.output, shared_.moved.data()}}, shared_.attended.data(), rank, team);
             add(block.post_attention_norm, h.data(), x.data());
@@ -191,11 +197,24 @@ class Run {
         team.barrier();
     }
 
-    void rotate(const octavo_block& block, int64_t position, float* head) const {
+    void turn(const octavo_block& block, Own& own) const {
+        if (own.frequencies == block.frequencies && own.rotary_factor == block.rotary_factor) return;
+        const int64_t half = d_.head_width / 2;
+        for (int64_t c = 0; c < columns_; ++c) {
+            for (int64_t i = 0; i < half; ++i) {
+                const float angle = static_cast<float>(length_ + c) * block.frequencies[i];
+                own.cosines[c * half + i] = std::cos(angle) * block.rotary_factor;
+                own.sines[c * half + i] = std::sin(angle) * block.rotary_factor;
+            }
+        }
+        own.frequencies = block.frequencies;
+        own.rotary_factor = block.rotary_factor;
+    }
+
+    void rotate(const Own& own, int64_t column, float* head) const {
         const int64_t half = d_.head_width / 2;
         for (int64_t i = 0; i < half; ++i) {
-            const float angle = static_cast<float>(position) * block.frequencies[i];
-            const float cosine = std::cos(angle) * block.rotary_factor, sine = std::sin(angle) * block.rotary_factor;
+            const float cosine = own.cosines[column * half + i], sine = own.sines[column * half + i];
             const float low = head[i], high = head[i + half];
             head[i] = low * cosine - high * sine;
             head[i + half] = high * cosine + low * sine;
@@ -203,7 +222,7 @@ class Run {
     }
 
     // Keys and values of the new tokens into the cache.
-    void remember(int64_t b, int rank, Team& team) const {
+    void remember(int64_t b, const Own& own, int rank, Team& team) const {
         const octavo_block& block = s_.blocks[b];
         const int64_t width = d_.head_width;
         int64_t first, last;
@@ -212,14 +231,14 @@ class Run {
             const int64_t c = i / d_.key_heads, head = i % d_.key_heads;
             float* key = shared_.key.data() + (c * d_.key_heads + head) * width;
             if (block.key_norm != nullptr) ops_.rms_norm(key, block.key_norm, width, d_.epsilon, key);
-            rotate(block, length_ + c, key);
+            rotate(own, c, key);
             ops_.to_half(key, width, s_.key(b, head, length_ + c));
             ops_.to_half(shared_.value.data() + (c * d_.key_heads + head) * width, width,
                          s_.value(b, head, length_ + c));
         }
     }
 
-    void attend(int64_t b, float* scores, int rank, Team& team) const {
+    void attend(int64_t b, Own& own, int rank, Team& team) const {
         const octavo_block& block = s_.blocks[b];
         const int64_t width = d_.head_width, group = d_.heads / d_.key_heads;
         int64_t first, last;
@@ -228,10 +247,10 @@ class Run {
             const int64_t c = i / d_.heads, head = i % d_.heads, position = length_ + c;
             float* query = shared_.query.data() + (c * d_.heads + head) * width;
             if (block.query_norm != nullptr) ops_.rms_norm(query, block.query_norm, width, d_.epsilon, query);
-            rotate(block, position, query);
+            rotate(own, c, query);
             const int64_t oldest = block.window > 0 ? std::max<int64_t>(position + 1 - block.window, 0) : 0;
             ops_.attend({query, s_.key(b, head / group, oldest), s_.value(b, head / group, oldest),
-                         position + 1 - oldest, width, d_.attention_scale, d_.attention_cap, scores,
+                         position + 1 - oldest, width, d_.attention_scale, d_.attention_cap, own.scores.data(),
                          shared_.attended.data() + (c * d_.heads + head) * width});
         }
     }
@@ -326,7 +345,10 @@ int octavo_session_run(void* session, const int64_t* tokens, int64_t n, int64_t 
         const int64_t wide = d.heads * d.head_width, narrow = d.key_heads * d.head_width;
         Shared shared{numbers(wide),           numbers(narrow),         numbers(narrow),   numbers(wide),
                       numbers(d.intermediate), numbers(d.intermediate), numbers(d.hidden), {}};
-        const Own own{numbers(d.hidden), numbers(d.hidden), std::vector<float>(static_cast<size_t>(length + n))};
+        Own own;
+        own.h = own.x = numbers(d.hidden);
+        own.scores.resize(static_cast<size_t>(length + n));
+        own.cosines = own.sines = numbers(d.head_width / 2);
         shared.own.assign(static_cast<size_t>(threads), own);
         Team::run(threads, [&](int rank, Team& team) {
             for (int64_t first = 0; first < n; first += most) {
