@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Ggml
-from synthetic import BLOCKS, random_tensors
+from synthetic import BLOCKS, layout_of, random_tensors
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quality"))
 from table import machine
@@ -31,8 +31,6 @@ from octavo import codebooks
 from octavo._core.io import write_json
 from octavo.evaluation.speed import read_bandwidth
 from octavo.kernels.lookup import pack
-from octavo.layout import BlockScale, Layout, Transform
-from octavo.math import hadamard
 from octavo.weight import VQWeight
 
 OURS = (
@@ -55,17 +53,7 @@ class Ours:
     """Packed matrices of one codebook."""
 
     def __init__(self, name: str, shape: tuple[int, int], count: int) -> None:
-        book = codebooks.get(name)
-        layout = Layout(
-            shape,
-            book.vector_length,
-            book.stages,
-            direction="row",
-            codebook_dtype="universal",
-            codebook=name,
-            block_scale=BlockScale(shape[1], 0, 8),
-            transform=Transform(hadamard.block_size(shape[1], 256)),
-        )
+        layout = layout_of(name, shape)
         generator = torch.Generator().manual_seed(0)
         self.name, self.bits, self.count = name, layout.bits_per_weight, count
         self.matrices = [pack(VQWeight(layout, random_tensors(layout, generator))) for _ in range(count)]

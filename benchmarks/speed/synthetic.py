@@ -45,6 +45,21 @@ def shapes(hidden: int, intermediate: int) -> dict[str, tuple[int, int]]:
     return {**attention, **mlp, "mlp.down_proj": (hidden, intermediate)}
 
 
+def layout_of(codebook: str, shape: tuple[int, int]) -> Layout:
+    """What `octavo quantize` makes of a matrix with a universal codebook."""
+    book = codebooks.get(codebook)
+    return Layout(
+        shape,
+        book.vector_length,
+        book.stages,
+        direction="row",
+        codebook_dtype="universal",
+        codebook=codebook,
+        block_scale=BlockScale(shape[1], 0, 8),
+        transform=Transform(hadamard.block_size(shape[1], 256)),
+    )
+
+
 def random_tensors(layout: Layout, generator: torch.Generator) -> dict[str, Tensor]:
     """Random codes, and scales that keep activations in range."""
     tensors: dict[str, Tensor] = {}
@@ -63,20 +78,10 @@ def write_octavo(folder: Path, config: dict[str, int], codebook: str) -> None:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     generator = torch.Generator().manual_seed(0)
-    book = codebooks.get(codebook)
     layouts: dict[str, Layout] = {}
     for layer in range(config["num_hidden_layers"]):
         for name, shape in shapes(config["hidden_size"], config["intermediate_size"]).items():
-            layouts[f"model.layers.{layer}.{name}"] = Layout(
-                shape,
-                book.vector_length,
-                book.stages,
-                direction="row",
-                codebook_dtype="universal",
-                codebook=codebook,
-                block_scale=BlockScale(shape[1], 0, 8),
-                transform=Transform(hadamard.block_size(shape[1], 256)),
-            )
+            layouts[f"model.layers.{layer}.{name}"] = layout_of(codebook, shape)
     writer = ShardWriter(folder)
     for name, layout in layouts.items():
         for key, tensor in random_tensors(layout, generator).items():

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.nn import functional
 
 from formats.strategies import layouts, random_weight
@@ -19,7 +18,7 @@ from octavo.kernels import gather, select
 from octavo.kernels.gather import pack
 from octavo.layout import BlockScale, Layout, Outliers, Transform
 from octavo.runtime.decoder import NativeDecoder
-from octavo.weight import VQWeight
+from ops.products import error, isas, multiplied
 
 pytestmark = pytest.mark.skipif(clib.library() is None, reason=f"no C++ library: {clib.why_missing()}")
 #: Large books are kept in half floats.
@@ -38,22 +37,6 @@ LAYOUTS = {
     "signs of 4": Layout((33, 30), 4, (8,), direction="row", sign_bits=True),
     "ternary": Layout((9, 11), 1, (2,), direction="row"),
 }
-
-
-def isas() -> list[int]:
-    lib = clib.library()
-    return [] if lib is None else list(range(1, lib.octavo_isa() + 1))
-
-
-def multiplied(weight: VQWeight, x: Tensor) -> Tensor:
-    """W x + bias in float64 from the definition."""
-    bias = None if weight.bias is None else weight.bias.double()
-    return functional.linear(x.double(), weight.dequantize(torch.float64), bias)
-
-
-def error(y: Tensor, wanted: Tensor) -> float:
-    """Relative RMS error."""
-    return float((y.double() - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.nn import functional
 
 from formats.strategies import layouts, random_weight
@@ -22,7 +21,7 @@ from octavo.kernels import _packed, lookup, select
 from octavo.kernels.lookup import pack
 from octavo.layout import BlockScale, Layout, Transform
 from octavo.nn import VQLinear
-from octavo.weight import VQWeight
+from ops.products import error, isas, multiplied
 
 pytestmark = pytest.mark.skipif(clib.library() is None, reason=f"no C++ library: {clib.why_missing()}")
 CPU = torch.device("cpu")
@@ -30,11 +29,6 @@ CPU = torch.device("cpu")
 LIMIT = 2e-3
 #: Books of codes of 4, 6 and 8 bits, and of fewer that are stored as those.
 STAGES = ((8,), (8, 8), (8, 4), (8, 6), (8, 8, 4), (8, 8, 8), (8, 8, 8, 8), (6,), (4, 4), (3,), (5, 7), (1, 2))
-
-
-def isas() -> list[int]:
-    lib = clib.library()
-    return [] if lib is None else list(range(1, lib.octavo_isa() + 1))
 
 
 def row_layout(shape: tuple[int, int], v: int, stages: Sequence[int], block: int = 0, *, bias: bool = False) -> Layout:
@@ -51,17 +45,6 @@ def row_layout(shape: tuple[int, int], v: int, stages: Sequence[int], block: int
         bias=bias,
         transform=Transform(min(transform, 64)) if transform > 1 else None,
     )
-
-
-def multiplied(weight: VQWeight, x: Tensor) -> Tensor:
-    """W x + bias in float64 from the definition."""
-    bias = None if weight.bias is None else weight.bias.double()
-    return functional.linear(x.double(), weight.dequantize(torch.float64), bias)
-
-
-def error(y: Tensor, wanted: Tensor) -> float:
-    """Relative RMS error."""
-    return float((y.double() - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize("stages", STAGES)
