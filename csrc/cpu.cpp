@@ -18,7 +18,8 @@ int detect() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
         if (!__builtin_cpu_supports("avx512f")) return OCTAVO_ISA_AVX2;
         const bool vbmi = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi");
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
+                          __builtin_cpu_supports("avx512vnni");
         return vbmi ? OCTAVO_ISA_VBMI : OCTAVO_ISA_AVX512;
     }
 #endif

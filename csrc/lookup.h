@@ -9,7 +9,6 @@
 // Translation units with flags of their own include this: nothing here has external linkage but declarations (lanes.h).
 #pragma once
 
-#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -23,8 +22,8 @@ constexpr int kTiles = 8;    // tiles of a group: their sums stay in registers
 constexpr int kTable = 256;  // entries of a table
 constexpr int kChunk = 12;   // most positions whose tables share a scale and stay in the L1 cache
 constexpr int kSlack = 64;   // bytes behind the codes that may be read
-// Tables hold sixteen-bit products: all of a chunk's products of one row must add up to less than 2^15.
-constexpr float kLargestSum = 32600.0f;
+// Of sixteen-bit products: all of a chunk's of one row must add up to less than 2^15, with what each was rounded by.
+constexpr float kLargestWord = 32500.0f;
 constexpr int64_t kTableBytes = 2 * kTable;
 
 struct LookUpStage {
@@ -32,6 +31,11 @@ struct LookUpStage {
     int64_t entries;    // of the book
     const float* book;  // [v][kTable]: centroids in columns, zeros behind the last
     float largest;      // norm of the largest centroid
+    // Centroids times `unit`, rounded to thirteen bits, for kernels that multiply pairs of integers: [blocks of 64 entries][pairs of
+    // elements][4][16 entries][2]. Of the 16 entries of number k, four are 4 k and on of every 16 of the block, so that
+    // packing puts them in order. A book of at most 16 entries stands there four times.
+    const int16_t* integers;
+    float unit;
 };
 
 struct LookUp {
@@ -77,18 +81,6 @@ inline int64_t scratch_bytes(const octavo::LookUp& m, int64_t columns) {
 inline int64_t code_offset(const octavo::LookUp& m, int64_t chunk, int64_t tile) {
     const int64_t first = m.chunk_starts[chunk], count = m.chunk_starts[chunk + 1] - first;
     return (first * m.tiles + count * tile) * m.tile_bytes;
-}
-
-// No row's products of `positions` vectors in a row add up to more, by the inequality of Cauchy and Schwarz.
-inline float largest_sum(const octavo::LookUp& m, const float* x, int64_t positions) {
-    float centroids = 0.0f, vectors = 0.0f;
-    for (int s = 0; s < m.stages; ++s) centroids += m.stage[s].largest;
-    for (int64_t p = 0; p < positions; ++p, x += m.v) {
-        float squares = 0.0f;
-        for (int j = 0; j < m.v; ++j) squares += x[j] * x[j];
-        vectors += sqrtf(squares);
-    }
-    return vectors * centroids;
 }
 
 // A tile's codes of a stage, one byte each and in their places, to the bits that are stored.

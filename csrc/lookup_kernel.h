@@ -3,6 +3,8 @@
 // Included by translation units with flags of their own, so nothing here has external linkage (see lanes.h).
 #pragma once
 
+#include <math.h>
+
 #include "lookup.h"
 
 namespace {
@@ -13,6 +15,18 @@ using octavo::kTable;
 using octavo::kTiles;
 using octavo::LookUp;
 using octavo::LookUpStage;
+
+// No row's products of `positions` vectors in a row add up to more, by the inequality of Cauchy and Schwarz.
+inline float largest_sum(const octavo::LookUp& m, const float* x, int64_t positions) {
+    float centroids = 0.0f, vectors = 0.0f;
+    for (int s = 0; s < m.stages; ++s) centroids += m.stage[s].largest;
+    for (int64_t p = 0; p < positions; ++p, x += m.v) {
+        float squares = 0.0f;
+        for (int j = 0; j < m.v; ++j) squares += x[j] * x[j];
+        vectors += sqrtf(squares);
+    }
+    return vectors * centroids;
+}
 
 inline void make_table(int v, const LookUpStage& stage, const float* x, float factor, int16_t* table) {
     float products[kTable];
@@ -55,12 +69,12 @@ inline void accumulate(const LookUp& m, const float* x, int64_t columns, int64_t
         for (int64_t column = 0; column < columns; ++column) {
             const float* part = x + column * m.padded_in + start * m.v;
             const float bound = largest_sum(m, part, positions);
-            back[column] = bound / octavo::kLargestSum;
+            back[column] = bound / octavo::kLargestWord;
             if (!(bound > 0.0f)) continue;
             int16_t* table = tables + column * column_entries;
             for (int64_t p = 0; p < positions; ++p)
                 for (int s = 0; s < m.stages; ++s, table += kTable)
-                    make_table(m.v, m.stage[s], part + p * m.v, octavo::kLargestSum / bound, table);
+                    make_table(m.v, m.stage[s], part + p * m.v, octavo::kLargestWord / bound, table);
         }
         const float* scales = m.blocks > 1 ? m.scales + m.chunk_block[c] * m.rows : nullptr;
         for (int64_t tile = 0; tile < m.tiles; ++tile) {

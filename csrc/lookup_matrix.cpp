@@ -30,6 +30,7 @@ class LookUpMatrix : public Matrix {
   public:
     LookUp look_up = {};
     std::vector<float> books[kMaxMatrixStages];
+    std::vector<int16_t> integers[kMaxMatrixStages];
     std::vector<int64_t> chunk_starts, chunk_block;
     Bytes codes;
     std::vector<float> scales;  // [blocks][rows]
@@ -153,6 +154,28 @@ void load_book(LookUpStage& stage, std::vector<float>& book, const float* centro
     stage.book = book.data();
 }
 
+// The same centroids as LookUpStage::integers. Numbers of eight bits stay exact, and x has digits left.
+void load_integers(int v, LookUpStage& stage, std::vector<int16_t>& integers) {
+    float largest = 0.0f;
+    for (const float* at = stage.book; at < stage.book + v * kTable; ++at) largest = std::max(largest, std::abs(*at));
+    stage.unit = largest > 0.0f ? 127.0f * 32.0f / largest : 1.0f;
+    const int64_t blocks = stage.bits == 8 ? kTable / 64 : 1;
+    for (int64_t block = 0; block < blocks; ++block) {
+        for (int pair = 0; pair < (v + 1) / 2; ++pair) {
+            for (int i = 0; i < 64; ++i) {
+                const int number = i / 16, part = i % 16 / 4;
+                int64_t entry = block * 64 + part * 16 + number * 4 + i % 4;
+                if (stage.bits == 4) entry %= 16;
+                for (int j = 2 * pair; j < 2 * pair + 2; ++j) {
+                    const float value = j < v ? stage.book[j * kTable + entry] * stage.unit : 0.0f;
+                    integers.push_back(static_cast<int16_t>(std::lrint(value)));
+                }
+            }
+        }
+    }
+    stage.integers = integers.data();
+}
+
 // FNV-1a over all that decides what a matrix makes of its inputs.
 uint64_t fingerprint(const LookUpMatrix& m) {
     uint64_t hash = 14695981039346656037u;
@@ -199,6 +222,7 @@ extern "C" int octavo_lookup_create(int64_t out, int64_t in, int32_t v, int32_t 
             stage.bits = bits[s] <= 4 ? 4 : bits[s] <= 6 ? 6 : 8;
             l.tile_bytes += code_bytes(stage.bits);
             load_book(stage, m.books[s], books, v);
+            load_integers(v, stage, m.integers[s]);
             books += stage.entries * v;
         }
         l.blocks = (in + scale_columns - 1) / scale_columns;

@@ -29,7 +29,7 @@
 #define OCTAVO_ISA_BASELINE 1
 #define OCTAVO_ISA_AVX2 2
 #define OCTAVO_ISA_AVX512 3
-#define OCTAVO_ISA_VBMI 4 /* AVX-512 with BW, DQ, VL and VBMI */
+#define OCTAVO_ISA_VBMI 4 /* AVX-512 with BW, DQ, VL, VBMI and VNNI */
 
 #ifdef __cplusplus
 extern "C" {
