@@ -1,18 +1,11 @@
 // Threads that work in step: every one calls body(rank, team), and they wait for each other at barriers.
-//
-// Like parallel.h they live for one call, so nothing survives it and fork() stays safe. Starting them costs some tens
-// of microseconds: a caller has one team for as much work as it can.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
-#include <system_error>
 #include <thread>
-#include <vector>
 
-#if defined(__x86_64__) || defined(_M_X64)
-#include <immintrin.h>
-#endif
+#include "pool.h"
 
 namespace octavo {
 
@@ -22,21 +15,11 @@ class Team {
     template <class Body>
     static void run(int threads, const Body& body) {
         Team team;
-        std::vector<std::thread> helpers;
-        helpers.reserve(static_cast<size_t>(threads > 0 ? threads : 1));
-        try {
-            for (int rank = 1; rank < threads; ++rank)
-                helpers.emplace_back([&team, &body, rank] {
-                    team.await_start();
-                    if (rank < team.size()) body(rank, team);
-                });
-        } catch (const std::system_error&) {
-            // The system has no more threads to give: those that started share the work.
-        }
-        team.size_ = static_cast<int>(helpers.size()) + 1;
-        team.start_.store(true, std::memory_order_release);
+        const auto work = [&](int rank) { body(rank, team); };
+        Helpers helpers(threads - 1);
+        team.size_ = helpers.count() + 1;
+        helpers.start(work);
         body(0, team);
-        for (auto& helper : helpers) helper.join();
     }
 
     int size() const { return size_; }
@@ -63,21 +46,7 @@ class Team {
     }
 
   private:
-    void await_start() const {
-        for (int spins = 0; !start_.load(std::memory_order_acquire); ++spins) rest(spins);
-    }
-    static void rest(int spins) {
-        // Where there are more threads than processors, spinning would keep the one that is waited for from running.
-        if (spins > 2000) return std::this_thread::yield();
-#if defined(__x86_64__) || defined(_M_X64)
-        _mm_pause();
-#elif defined(__aarch64__) && defined(__GNUC__)
-        asm volatile("yield");
-#endif
-    }
-
     int size_ = 1;
-    std::atomic<bool> start_{false};
     std::atomic<int> arrived_{0};
     std::atomic<uint32_t> round_{0};
 };

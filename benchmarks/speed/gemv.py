@@ -77,7 +77,7 @@ class Peer:
         self.lib, self.name, self.bits, self.count = library, kind, 8 * size / weights, count
         out, inp = shape
         stored = out * inp // weights * size
-        parameters = _InitParams(count * (stored + 4 * out + (1 << 12)) + (1 << 24), None, False)
+        parameters = _InitParams(count * (stored + 4 * out + (1 << 12)) + (1 << 27), None, False)
         self.context = ctypes.c_void_p(library.ggml_init(parameters))
         x = ctypes.c_void_p(library.ggml_new_tensor_1d(self.context, 0, ctypes.c_int64(inp)))
         _view(library.ggml_get_data(x), inp * 4, np.float32)[:] = np.random.default_rng(0).standard_normal(inp)
@@ -126,12 +126,13 @@ def ggml() -> Any:
 
 
 def interleaved(runners: list[Any], threads: int, rounds: int) -> list[list[float]]:
-    """Seconds per matrix of every runner in every round; one round comes before those that count."""
+    """Seconds per matrix of every runner in every round; one comes before those that count, and one before each."""
     taken: list[list[float]] = [[] for _ in runners]
     for turn in range(rounds + 1):
         for runner, times in zip(runners, taken, strict=True):
-            # The threads of whoever ran before spin for a while before they sleep.
+            # The threads of whoever ran before spin for a while before they sleep; then ours have to wake up.
             time.sleep(0.2)
+            runner.round(threads)
             began = time.perf_counter()
             runner.round(threads)
             if turn:

@@ -17,7 +17,9 @@ from torch import Tensor, get_num_threads
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-DISABLE = "OCTAVO_NO_CLIB"
+from octavo._core.errors import UsageError
+
+DISABLE, THREADS = "OCTAVO_NO_CLIB", "OCTAVO_THREADS"
 OK, BAD_ARGUMENT, NO_MEMORY, OUT_OF_RANGE = range(4)
 
 _ABI = 4
@@ -139,8 +141,17 @@ def call(function: Callable[..., int], *arguments: float | None) -> int:
 
 
 def threads() -> int:
-    """Threads that a call may use: as many as torch uses."""
-    return get_num_threads()
+    """Threads that a call may use: those of ``OCTAVO_THREADS``, or as many as torch uses.
+
+    Raises:
+        UsageError: ``OCTAVO_THREADS`` is no number from 1 on.
+    """
+    wanted = os.environ.get(THREADS)
+    if not wanted:
+        return get_num_threads()
+    if not wanted.isascii() or not wanted.isdecimal() or int(wanted) < 1:
+        raise UsageError(f"{THREADS} wanted a number of threads from 1 on, got {wanted!r}. Unset it to use torch's.")
+    return int(wanted)
 
 
 @cache
