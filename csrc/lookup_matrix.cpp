@@ -74,6 +74,9 @@ class LookUpMatrix : public Matrix {
         }
     }
 
+    bool has_rows() const override { return true; }
+    void row(int64_t r, float* to) const override;
+
     void decode(int64_t first, int64_t last, bool bfloat16, void* to, int threads) const override {
         const LookUp& l = look_up;
         std::vector<float> by_entry[kMaxMatrixStages];
@@ -93,6 +96,32 @@ class LookUpMatrix : public Matrix {
         });
     }
 };
+
+void LookUpMatrix::row(int64_t r, float* to) const {
+    const LookUp& l = look_up;
+    const int64_t tile = r / kRows, leader = tile / kTiles * kTiles, width = std::min(l.tiles - leader, int64_t{kTiles});
+    const int place = place_of_row(static_cast<int>(r % kRows));
+    std::fill(to, to + in, 0.0f);
+    for (int64_t c = 0; c < l.chunks; ++c) {
+        const uint8_t* from = l.codes + code_offset(l, c, leader);
+        const float scale = l.scales[l.chunk_block[c] * l.rows + r];
+        for (int64_t p = l.chunk_starts[c]; p < l.chunk_starts[c + 1]; ++p) {
+            for (int s = 0; s < l.stages; ++s) {
+                const int64_t bytes = ::code_bytes(l.stage[s].bits);
+                uint8_t places[kRows];
+                load_codes(from + (tile - leader) * bytes, l.stage[s].bits, places);
+                from += width * bytes;
+                for (int64_t j = 0; j < l.v && p * l.v + j < in; ++j)
+                    to[p * l.v + j] += scale * l.stage[s].book[j * kTable + places[place]];
+            }
+        }
+    }
+    if (transform == 0) return;
+    // x H diag(signs) = signs * (H diag(signs) (signs * x)), H being symmetric; its factor is part of the signs.
+    for (int64_t i = 0; i < in; ++i) to[i] = signs[i] < 0.0f ? -to[i] : to[i];
+    ops_for(best_isa()).transform(to, signs.data(), in, transform, to);
+    for (int64_t i = 0; i < in; ++i) to[i] = signs[i] < 0.0f ? -to[i] : to[i];
+}
 
 // Puts the codes of a tile, which stand row by row in a file, in their places. `bits` are the file's.
 void regroup(LookUpMatrix& m, const uint32_t* indices, const int32_t* bits, int64_t tile) {

@@ -60,6 +60,10 @@ class Matrix {
     // Rows [first, last) as float32 or bfloat16, [last - first][in], to be multiplied by rotated() inputs.
     virtual void decode(int64_t first, int64_t last, bool bfloat16, void* to, int threads) const = 0;
 
+    // Whether single rows can be decoded, transforms undone: to [in].
+    virtual bool has_rows() const { return false; }
+    virtual void row(int64_t, float*) const {}
+
     // Signs and Hadamard transform of x [in].
     void rotate(const float* x, float* to) const;
     // Reads the signs, a bit per input, set for -1.

@@ -173,7 +173,7 @@ typedef struct {
     int64_t blocks, hidden, heads, key_heads, head_width, intermediate, vocabulary;
     const octavo_block* block; /* [blocks] */
     const float* final_norm;   /* [hidden] */
-    octavo_linear embedding;   /* [vocabulary][hidden], dense */
+    octavo_linear embedding;   /* [vocabulary][hidden], dense or of octavo_lookup_create; may be the head's matrix */
     octavo_linear head;
     float epsilon, attention_scale;
     float attention_cap, logit_cap; /* x becomes cap tanh(x / cap), unless the cap is 0 */

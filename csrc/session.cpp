@@ -129,12 +129,16 @@ class Run {
 
   private:
     void embed(int64_t token, float* h) const {
-        for (int64_t i = 0; i < d_.hidden; ++i) {
-            const int64_t at = token * d_.hidden + i;
-            const float number =
-                d_.embedding.float32 != nullptr ? d_.embedding.float32[at] : from_bfloat16(d_.embedding.bfloat16[at]);
-            h[i] = number * d_.embedding_factor;
+        if (d_.embedding.matrix != nullptr) {
+            quantized(d_.embedding)->row(token, h);
+        } else {
+            for (int64_t i = 0; i < d_.hidden; ++i) {
+                const int64_t at = token * d_.hidden + i;
+                h[i] = d_.embedding.float32 != nullptr ? d_.embedding.float32[at]
+                                                       : from_bfloat16(d_.embedding.bfloat16[at]);
+            }
         }
+        for (int64_t i = 0; i < d_.hidden; ++i) h[i] *= d_.embedding_factor;
     }
 
     void norm(const float* h, const float* weight, float* x) const {
@@ -281,7 +285,8 @@ bool fits(const Linear& layer, int64_t out, int64_t in) {
 bool complete(const octavo_decoder& d) {
     if (d.blocks < 1 || d.hidden < 1 || d.heads < 1 || d.key_heads < 1 || d.heads % d.key_heads != 0) return false;
     if (d.head_width < 2 || d.head_width % 2 != 0 || d.intermediate < 1 || d.vocabulary < 1) return false;
-    if (d.final_norm == nullptr || d.block == nullptr || d.embedding.matrix != nullptr) return false;
+    if (d.final_norm == nullptr || d.block == nullptr) return false;
+    if (d.embedding.matrix != nullptr && !quantized(d.embedding)->has_rows()) return false;
     const int64_t wide = d.heads * d.head_width, narrow = d.key_heads * d.head_width;
     for (int64_t b = 0; b < d.blocks; ++b) {
         const octavo_block& block = d.block[b];

@@ -233,6 +233,16 @@ class Layout:
         """Number of true weights."""
         return self.shape[0] * self.shape[1]
 
+    def why_no_rows(self) -> str:
+        """What keeps single rows from being decoded without the others, or an empty string."""
+        reasons = {
+            "column vectors": self.direction == "column" or self.outliers is not None,
+            "codebooks per tile": self.tile is not None,
+            "channel norms of rows": self.channel_norm == "output",
+            "a transform of the outputs": self.transform is not None and self.transform.output > 0,
+        }
+        return ", ".join(reason for reason, holds in reasons.items() if holds)
+
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every stored tensor: the one source for files, buffers and the bit count."""
         out, inp = self.shape

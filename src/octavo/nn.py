@@ -1,4 +1,4 @@
-"""VQLinear: a linear layer whose weight is a VQWeight."""
+"""VQLinear: a linear layer whose weight is a VQWeight; and embeddings that look rows of one up."""
 
 from __future__ import annotations
 
@@ -120,6 +120,18 @@ class VQLinear(nn.Module):
         """Copies prepare for themselves."""
         return {**self.__dict__, "_prepared": None}
 
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows of the matrix by number, int64 [..]; gives [.., in_features] in the dtype of a dense layer here.
+
+        Raises:
+            UsageError: a layout whose rows depend on each other.
+        """
+        if index.numel() == 0:
+            return torch.empty(*index.shape, self.in_features, dtype=self._dense_dtype, device=index.device)
+        home = self._buffers["indices"].device  # type: ignore[union-attr]
+        rows = self.vq_weight().rows(index.reshape(-1).to(home)).dequantize()
+        return rows.to(index.device, self._dense_dtype).view(*index.shape, self.in_features)
+
     @torch.no_grad()
     def densify(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """An ordinary linear layer: the matrix decoded in float32, rounded once to ``dtype`` (default float32)."""
@@ -148,6 +160,58 @@ class VQLinear(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(move, recurse)
+
+
+class VQEmbedding(VQLinear):
+    """A table of embeddings [tokens, width] stored as a VQWeight: ``forward`` looks rows up by number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rows of the token ids ``x`` [..]: [.., width]."""
+        return self.rows(x)
+
+    @torch.no_grad()
+    def densify(self, dtype: torch.dtype | None = None) -> nn.Embedding:  # type: ignore[override]
+        """An ordinary embedding: the matrix decoded in float32, rounded once to ``dtype`` (default float32)."""
+        return _dense_embedding(self.vq_weight().dequantize().to(dtype or torch.float32)).train(self.training)
+
+
+class TiedEmbedding(nn.Module):
+    """The embedding of a model whose output head has the same matrix: looks rows of the head up, stores nothing.
+
+    Args:
+        head: the layer that owns the matrix.
+    """
+
+    def __init__(self, head: VQLinear) -> None:
+        super().__init__()
+        # No submodule: its tensors have one name, and one owner who moves them.
+        self._head = (head,)
+
+    @property
+    def head(self) -> VQLinear:
+        """The layer that owns the matrix."""
+        return self._head[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """As :attr:`VQLinear.weight`."""
+        return self.head.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows of the token ids [..]: [.., width]."""
+        return self.head.rows(ids)
+
+    def densify(self, head: nn.Linear) -> nn.Embedding:
+        """An ordinary embedding that shares the matrix of the dense ``head``."""
+        embedding = _dense_embedding(head.weight).train(self.training)
+        embedding.weight = head.weight  # type: ignore[assignment]
+        return embedding
+
+
+def _dense_embedding(matrix: Tensor) -> nn.Embedding:
+    embedding = nn.Embedding(matrix.shape[0], matrix.shape[1], device="meta")
+    embedding.weight = nn.Parameter(matrix.detach(), requires_grad=False)
+    return embedding
 
 
 class _LazyMatrix(Tensor):

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from octavo._core.errors import FormatError
+from octavo._core.errors import FormatError, UsageError
 from octavo.codebooks import get as get_codebook
 from octavo.layout import UNSTORED, CodebookDtype, Direction, Layout
 from octavo.math import hadamard
-from octavo.math.pack import unpack
+from octavo.math.pack import pack, unpack
 from octavo.stored import (
     decode_codebooks,
     index_dtype_to_int64,
@@ -208,6 +208,27 @@ class VQWeight:
         if layout.transform is not None:
             main = self._undo_transform(main)
         return main.contiguous()
+
+    def rows(self, index: Tensor) -> VQWeight:
+        """The matrix of the rows ``index`` [n >= 1] alone, int64, without its bias: what an embedding looks up.
+
+        Raises:
+            UsageError: a layout whose rows depend on each other; see :meth:`Layout.why_no_rows`.
+        """
+        if reason := self.layout.why_no_rows():
+            raise UsageError(f"VQWeight: single rows cannot be decoded of a matrix with {reason}.")
+        layout = replace(self.layout, shape=(index.numel(), self.layout.shape[1]), bias=False)
+        tensors: dict[str, Tensor] = {}
+        for name in layout.tensors():
+            tensor = self.tensors[name]
+            if name in ("indices", "block_scale", "block_zero"):
+                tensor = tensor[index]
+            elif name == "block_scale_code":
+                assert layout.block_scale is not None
+                bits = layout.block_scale.log2_bits
+                tensor = pack(unpack(tensor, bits, self.layout.shape[0])[:, index], bits)
+            tensors[name] = tensor
+        return VQWeight(layout, tensors)
 
     def _undo_transform(self, main: Tensor) -> Tensor:
         """U^T M V."""

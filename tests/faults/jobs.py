@@ -94,12 +94,12 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Open a model once for many jobs, and measure no machine: what remains is arithmetic and files."""
-    opened: dict[tuple[Path, tuple[str, ...]], CausalModel] = {}
+    opened: dict[tuple[Path, tuple[str, ...], bool], CausalModel] = {}
 
-    def open_once(source: ModelSource, *, skip: Sequence[str] = ()) -> CausalModel:
-        key = (source.folder, tuple(skip))
+    def open_once(source: ModelSource, *, skip: Sequence[str] = (), with_ends: bool = False) -> CausalModel:
+        key = (source.folder, tuple(skip), with_ends)
         if key not in opened:
-            opened[key] = CausalModel(source, skip=skip)
+            opened[key] = CausalModel(source, skip=skip, with_ends=with_ends)
         return opened[key]
 
     monkeypatch.setattr(pipeline_run, "CausalModel", open_once)

@@ -71,6 +71,14 @@ BitsOf = Annotated[
     list[str] | None,
     typer.Option("--bits-of", metavar="PATTERN=BITS", help="Bits of the matrices of this name; repeatable."),
 ]
+HeadBits = Annotated[
+    float | None,
+    typer.Option(
+        "--head-bits",
+        help="Quantize output head and embedding too, with codes of so many bits: 1, 1.5, 2, 2.5, 3, 3.5 or 4.",
+        show_default="as they are",
+    ),
+]
 GuidedOption = Annotated[
     Guided | None,
     typer.Option(

@@ -114,11 +114,13 @@ class Format(ABC):
 
     ``strict`` refuses files that the format's only writer never makes, such as weights that the index does not list.
     ``writes_ties`` stores a tensor that is tied to another one as well, for loaders that do not tie.
+    ``holds_embeddings``: quantized matrices may be embeddings, and a head that is tied to one.
     """
 
     name: ClassVar[str]
     strict: ClassVar[bool] = False
     writes_ties: ClassVar[bool] = False
+    holds_embeddings: ClassVar[bool] = False
 
     @abstractmethod
     def check_config(self, raw: Mapping[str, Any], where: str) -> None:

@@ -42,6 +42,7 @@ class Native(Format):
 
     name: ClassVar[str] = QUANT_METHOD
     strict: ClassVar[bool] = True
+    holds_embeddings: ClassVar[bool] = True
 
     def check_config(self, raw: Mapping[str, Any], where: str) -> None:
         parse_config(raw, where)

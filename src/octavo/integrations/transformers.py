@@ -22,7 +22,7 @@ from octavo.formats.reader import listing
 from octavo.kernels import select
 from octavo.layout import Layout
 from octavo.models import quantized
-from octavo.nn import VQLinear
+from octavo.nn import TiedEmbedding, VQEmbedding, VQLinear
 
 Decode = Literal["auto", "dense", "packed"]
 
@@ -48,7 +48,7 @@ class OctavoConfig(QuantizationConfigMixin):
 
 
 class OctavoQuantizer(HfQuantizer):
-    """Replaces the linear layers that config.json lists by VQLinear and refuses every checkpoint that does not fit."""
+    """Replaces the layers that config.json lists by VQLinear and refuses every checkpoint that does not fit."""
 
     requires_calibration = True
     quantization_config: OctavoConfig
@@ -86,11 +86,16 @@ class OctavoQuantizer(HfQuantizer):
             raise UsageError("a VPTQ model is loaded from its folder; without one its layers are not known.")
         self._matrices, self._stored = config.matrices, frozenset(config.tensors())
         for name, matrix in config.matrices.items():
-            old = _linear_at(model, name, matrix.layout)
+            old = _layer_at(model, name, matrix.layout)
             if isinstance(old, Conv1D):
                 self._transposed.add(name)
-            as_layer = isinstance(matrix, native.NativeMatrix)
-            stand_in = VQLinear(matrix.layout, device="meta") if as_layer else _AsStored(matrix)
+            if not isinstance(matrix, native.NativeMatrix):
+                stand_in: nn.Module = _AsStored(matrix)
+            else:
+                kind = VQEmbedding if isinstance(old, nn.Embedding) else VQLinear
+                stand_in = kind(matrix.layout, device="meta")
+            if f"{name}.weight" in _tied(model):
+                _tie(model, name, stand_in, set(config.matrices))
             model.set_submodule(name, stand_in)
         if folder is not None:
             from octavo.models.names import match_names
@@ -133,11 +138,16 @@ class OctavoQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         layers = {name: module for name, module in model.named_modules() if isinstance(module, VQLinear)}
+        tied = {name: module for name, module in model.named_modules() if isinstance(module, TiedEmbedding)}
         for name, layer in layers.items():
             if layer.indices.device.type == "meta":  # type: ignore[union-attr]
                 raise ResourceError(f"{name} is offloaded and cannot be decoded there. Load with decode='packed'.")
             dense = layer.densify(dtype)
             model.set_submodule(name, _as_conv1d(dense) if name in self._transposed else dense)
+        for name, embedding in tied.items():
+            head = next(other for other, layer in layers.items() if layer is embedding.head)
+            model.set_submodule(name, embedding.densify(model.get_submodule(head)))
+            model.all_tied_weights_keys = {f"{head}.weight": f"{name}.weight"}
         return model
 
 
@@ -244,8 +254,8 @@ def _folder(path: str | Path, trust_remote_code: bool) -> Path:
     return resolve(path, trust_remote_code=trust_remote_code).folder
 
 
-def _linear_at(model: Any, name: str, layout: Layout) -> nn.Module:
-    """The linear layer that a quantized matrix replaces; its shape must fit and nothing may be tied to it."""
+def _layer_at(model: Any, name: str, layout: Layout) -> nn.Module:
+    """The linear layer or embedding that a quantized matrix replaces; its shape must fit."""
     try:
         old = model.get_submodule(name)
     except AttributeError:
@@ -257,16 +267,44 @@ def _linear_at(model: Any, name: str, layout: Layout) -> nn.Module:
         shape = (old.nf, old.nx)
     elif isinstance(old, nn.Linear):
         shape = (old.out_features, old.in_features)
+    elif type(old) is nn.Embedding:
+        shape = (old.num_embeddings, old.embedding_dim)
+        if reason := layout.why_no_rows():
+            raise FormatError(f"{name} is an embedding, whose rows cannot be looked up in a matrix with {reason}.")
     else:
         raise FormatError(f"{name} is a {type(old).__name__} in {type(model).__name__}; a linear layer is wanted.")
     if shape != layout.shape:
         raise FormatError(f"{name} is {shape} in {type(model).__name__}, its layout in {CONFIG_FILE} {layout.shape}.")
-    if old.bias is not None and not layout.bias:
+    if getattr(old, "bias", None) is not None and not layout.bias:
         raise FormatError(f"{name} has a bias in {type(model).__name__}, but the checkpoint stores none.")
-    tied = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
-    if f"{name}.weight" in tied:
-        raise FormatError(f"{name} is quantized but {CONFIG_FILE} ties it; 'tie_word_embeddings' must be false.")
     return old
+
+
+def _tied(model: Any) -> set[str]:
+    return {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
+
+
+def _tie(model: Any, name: str, head: nn.Module, quantized: set[str]) -> None:
+    """Let the embedding look its rows up in the layer ``head``, which is about to be the model's module ``name``.
+
+    Raises:
+        FormatError: something else is tied to the matrix, or the embedding is among the ``quantized`` modules as well.
+    """
+    embedding = model.get_input_embeddings()
+    paths = [path for path, module in model.named_modules() if module is embedding]
+    if set(paths) & quantized and name in quantized - set(paths):
+        raise FormatError(f"{name} and {paths[0]} are quantized, each for itself, but {CONFIG_FILE} ties them.")
+    both = {f"{name}.weight", f"{paths[0]}.weight"} if paths else set()
+    is_head = model.get_output_embeddings() is model.get_submodule(name)
+    if not is_head or not isinstance(head, VQLinear) or both != _tied(model) or type(embedding) is not nn.Embedding:
+        raise FormatError(
+            f"{name} is quantized but {CONFIG_FILE} ties it; only an output head may be, and to the embedding alone."
+        )
+    if reason := head.layout.why_no_rows():
+        raise FormatError(f"{name} is the embedding as well, whose rows cannot be looked up with {reason}.")
+    model.set_submodule(paths[0], TiedEmbedding(head))
+    # There are no two parameters any more that transformers could tie.
+    model.all_tied_weights_keys = {}
 
 
 def _as_conv1d(dense: nn.Linear) -> Conv1D:

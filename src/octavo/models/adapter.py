@@ -35,11 +35,13 @@ class CausalModel:
     Args:
         source: from :func:`octavo.models.resolve`.
         skip: globs over whole dotted segments of module names (``mlp.down_proj``, ``layers.0``) that stay unquantized.
+        with_ends: output head and embedding are to be quantized as well.
 
     Attributes:
         source, config: as given.
         reader: the checkpoint.
         blocks: full names of the decoder blocks, in order.
+        ends: output head and embedding, if they are to be quantized; else None.
         notes: what the user should know: skipped layers, linear layers outside the blocks.
         max_positions: longest context that the configuration allows, or None.
 
@@ -48,7 +50,7 @@ class CausalModel:
         FormatError: checkpoint and configuration do not fit.
     """
 
-    def __init__(self, source: ModelSource, *, skip: Sequence[str] = ()) -> None:
+    def __init__(self, source: ModelSource, *, skip: Sequence[str] = (), with_ends: bool = False) -> None:
         if quantization := getattr(source.config, "quantization_config", None):
             method = quantization.get("quant_method") if isinstance(quantization, dict) else None
             raise UsageError(
@@ -63,6 +65,7 @@ class CausalModel:
         self._blocks = list(blocks)
         self.blocks = [f"{self._blocks_name}.{i}" for i in range(len(blocks))]
         self._targets = skeleton.find_targets(dict(zip(self.blocks, blocks, strict=True)), skip, source.name)
+        self.ends = skeleton.find_ends(self._model, source.name) if with_ends else None
         self._sources = match_names(self._model, self.reader)
         self._loaded: dict[int, nn.Module] = {}
         self._fingerprint: str | None = None
@@ -71,25 +74,36 @@ class CausalModel:
 
     # ---------------------------------------------------------------- what there is
 
+    @property
+    def steps(self) -> int:
+        """How many parts are quantized one after the other: the blocks, and the ends if they are."""
+        return len(self.blocks) + (self.ends is not None)
+
     def targets(self, index: int) -> dict[str, Target]:
         """The linear layers of block ``index`` that will be quantized, by full module name."""
         return self._targets[index]
 
     def dense_layers(self) -> list[str]:
-        """The linear layers that stay as they are, the output head among them, by full module name."""
-        taken = {name for block in self._targets for name in block}
+        """The linear layers that stay as they are, by full module name."""
+        taken = self._taken()
         return [name for name in skeleton.linear_layers(self._model) if name not in taken]
+
+    def _taken(self) -> set[str]:
+        """Modules whose tensors the output does not have as they are."""
+        ends = {self.ends.head, self.ends.embedding} if self.ends else set()
+        return {name for block in self._targets for name in block} | ends
 
     def ties(self) -> dict[str, str]:
         """Name of a tensor that checkpoints may leave out -> the one that it is tied to."""
         return skeleton.ties(self._model)
 
     def kept(self) -> list[str]:
-        """Names of the checkpoint's tensors that are copied unchanged: all but the targets' weights and biases."""
-        taken = {f"{name}.{leaf}" for block in self._targets for name in block for leaf in ("weight", "bias")}
+        """Names of the checkpoint's tensors that are copied unchanged: all but weights and biases to be quantized."""
+        taken = {f"{name}.{leaf}" for name in self._taken() for leaf in ("weight", "bias")}
         stored = {self._sources[name] for name in taken & self._sources.keys()}
         shared = {source for name, source in self._sources.items() if name not in taken}
-        return [name for name in self.reader.names() if name not in stored or name in shared]
+        # A checkpoint may hold both of two tied tensors; then one of them is nobody's source.
+        return [name for name in self.reader.names() if name not in stored | taken or name in shared]
 
     def model_name(self, stored: str) -> str:
         """The model's name of a checkpoint tensor, under which a new checkpoint has to store it.
@@ -374,9 +388,9 @@ class CausalModel:
         return tensor
 
     def _target(self, name: str) -> Target:
-        for block in self._targets:
-            if name in block:
-                return block[name]
+        for part in (*self._targets, self.ends.targets if self.ends else {}):
+            if name in part:
+                return part[name]
         raise UsageError(f"{name} is no layer to be quantized of {self.source.name}")
 
     def _write_notes(self, skip: Sequence[str]) -> list[str]:

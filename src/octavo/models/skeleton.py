@@ -130,6 +130,46 @@ def linear_layers(model: PreTrainedModel) -> dict[str, Target]:
     return {name: target_of(module) for name, module in model.named_modules() if is_linear(module)}
 
 
+@dataclass(frozen=True)
+class Ends:
+    """A model's output head and its embedding.
+
+    Attributes:
+        head, embedding: their module paths.
+        tied: they are one matrix.
+        targets: what is to be quantized, by path: the head, and the embedding [tokens, width] if it is not tied to it.
+    """
+
+    head: str
+    embedding: str
+    tied: bool
+    targets: dict[str, Target]
+
+
+def find_ends(model: PreTrainedModel, name: str) -> Ends:
+    """The head and the embedding of a model.
+
+    Raises:
+        UsageError: it has none, or they do more than a linear layer and a look-up.
+    """
+    paths = {id(module): path for path, module in model.named_modules()}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    plain = {
+        "output head": head is not None and is_linear(head),
+        "embedding": type(embedding) is nn.Embedding and embedding.max_norm is None,
+    }
+    for (what, good), module in zip(plain.items(), (head, embedding), strict=True):
+        if not good:
+            kind = "missing" if module is None else f"a {type(module).__name__}"
+            raise UsageError(f"{name}: the {what} of {type(model).__name__} is {kind}; --head-bits cannot quantize it.")
+    at_head, at_embedding = paths[id(head)], paths[id(embedding)]
+    tied = f"{at_head}.weight" in ties(model) or f"{at_embedding}.weight" in ties(model)
+    targets = {at_head: target_of(head)}  # type: ignore[arg-type]
+    if not tied:
+        targets[at_embedding] = Target(tuple(embedding.weight.shape), False, False)  # type: ignore[arg-type]
+    return Ends(at_head, at_embedding, tied, targets)
+
+
 def ties(model: PreTrainedModel) -> dict[str, str]:
     """Name of a tensor that checkpoints may leave out -> the one that it is tied to."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})

@@ -23,6 +23,7 @@ from octavo.models.adapter import CausalModel
 from octavo.pipeline.block_tune import BlockTuneOptions, BlockTuner, BlockTuneReport
 from octavo.pipeline.events import Clock, Progress, Reporter
 from octavo.pipeline.guide import Guide, Sensitivity, find
+from octavo.pipeline.head import head_algorithm, head_statistics, tied_hessian
 from octavo.pipeline.plan import Plan
 from octavo.pipeline.store import Store
 from octavo.weight import VQWeight
@@ -99,10 +100,10 @@ class BlockWalk(Reporter):
         guide: Guide,
         block_options: BlockTuneOptions | None = None,
     ) -> None:
-        """Quantize all blocks that the store does not have yet."""
+        """Quantize all blocks, and after them head and embedding if asked to, that the store does not have yet."""
         blocks = len(causal.blocks)
         done = len(store.state.blocks)
-        if done == blocks:
+        if done == causal.steps:
             return
         hidden, inputs, tuner = [], None, None
         if tokens is not None:
@@ -137,7 +138,7 @@ class BlockWalk(Reporter):
             weights, rows, norms, tuned = self._quantize_block(
                 causal, algorithm, index, block, layouts, hidden, kwargs, mask, guide, tuner
             )
-            if tokens is not None and index + 1 < blocks:
+            if tokens is not None and index + 1 < causal.steps:
                 with self.clock.phase("forward"), calibration_products(causal.source.dtype):
                     hidden = capture.forward(block, hidden, kwargs, causal.blocks[index])
             causal.release_block(index)
@@ -147,7 +148,7 @@ class BlockWalk(Reporter):
                 entry = {"object": store.put_tensors(tensors | norms), "matrices": rows, "notes": self.notes[noted:]}
                 if tuned is not None:
                     entry |= {"tuned": asdict(tuned), "norms": list(norms)}
-                last = tokens is None or index + 1 == blocks
+                last = tokens is None or index + 1 == causal.steps
                 streams = {f"batch_{i}": h for i, h in enumerate(hidden)} | (tuner.states() if tuner else {})
                 streams |= {f"original_{i}": h for i, h in enumerate(self.originals)}
                 states = None if last else store.put_tensors(streams)
@@ -158,11 +159,82 @@ class BlockWalk(Reporter):
             self.emit(
                 "block", causal.blocks[index], block=index, blocks=blocks, seconds=seconds, eta_seconds=eta, **losses
             )
-            if index + 1 < blocks and self.stop():
+            if index + 1 < causal.steps and self.stop():
                 raise Interrupted(
                     f"stopped after block {index + 1} of {blocks}, which is committed. Repeat the command with "
                     "--resume to continue; the result will be the same as without the stop."
                 )
+        if causal.ends is not None:
+            self._quantize_ends(causal, algorithm, the_plan, store, tokens, hidden)
+
+    def _quantize_ends(
+        self,
+        causal: CausalModel,
+        algorithm: Algorithm,
+        the_plan: Plan,
+        store: Store,
+        tokens: Tokens | None,
+        hidden: list[Tensor],
+    ) -> None:
+        """Quantize and commit head and embedding, where ``hidden`` left the last block."""
+        assert causal.ends is not None
+        self.emit("phase", "quantizing head and embedding")
+        noted, hessian = len(self.notes), None
+        if tokens is not None:
+            with self.clock.phase("statistics"):
+                hessian = self._usable(head_statistics(causal, tokens, hidden), causal.ends.head)
+            if hessian is not None and causal.ends.tied:
+                hessian = tied_hessian(hessian)
+        tensors: dict[str, Tensor] = {}
+        rows: list[MatrixReport] = []
+        for matrix in the_plan.matrices:
+            if matrix.block < len(causal.blocks):
+                continue
+            name, start = matrix.module, time.perf_counter()
+            mine = hessian if name == causal.ends.head else None
+            with self.clock.phase("quantize"):
+                weight = self._quantized(head_algorithm(algorithm), causal, name, matrix.layout, mine)
+            with self.clock.phase("decode"):
+                error = proxy_loss(causal.weight(name), self._decoded(weight, name), mine) if mine is not None else None
+            rows.append(self._row(name, weight, error, time.perf_counter() - start, matrix.block))
+            tensors |= {f"{name}.{key}": t for key, t in weight.tensors.items()}
+        with self.clock.phase("commit"):
+            entry = {"object": store.put_tensors(tensors), "matrices": [asdict(row) for row in rows]}
+            store.commit_block(entry | {"notes": self.notes[noted:]}, None)
+
+    def _quantized(
+        self,
+        algorithm: Algorithm,
+        causal: CausalModel,
+        name: str,
+        layout: Layout,
+        hessian: Tensor | None,
+        target: Tensor | None = None,
+    ) -> VQWeight:
+        """Matrix ``name`` of the model, or ``target`` in its place, in a layout."""
+        return algorithm.quantize(
+            causal.weight(name) if target is None else target,
+            layout=layout,
+            hessian=hessian,
+            generator=generator(self.seed, algorithm.stream(name, layout.shape)),
+            bias=causal.bias(name),
+            name=name,
+        )
+
+    @staticmethod
+    def _decoded(weight: VQWeight, name: str) -> Tensor:
+        decoded = weight.dequantize()
+        if not bool(torch.isfinite(decoded).all()):
+            raise NumericalError(
+                f"{name}: the quantized weight decodes to NaN or infinity. This is a bug; please report it."
+            )
+        return decoded
+
+    def _row(self, name: str, weight: VQWeight, error: float | None, seconds: float, block: int) -> MatrixReport:
+        """The report of a finished matrix, which is announced as well."""
+        layout, bits = weight.layout, weight.bits_per_weight
+        self.emit("matrix", name, block=block, module=name, bits=bits, error=error, seconds=seconds)
+        return MatrixReport(name, layout.shape, layout.nominal_bits, bits, error, seconds)
 
     def _quantize_block(
         self,
@@ -211,37 +283,17 @@ class BlockWalk(Reporter):
                 if id(accumulator) not in hessians:
                     hessians = {id(accumulator): self._usable(accumulator, name)}
                 hessian = hessians[id(accumulator)]
-            original, bias = causal.weight(name), causal.bias(name)
-            target = original
+            original = target = causal.weight(name)
             if hessian is not None and captured is not None and captured.drifts:
                 target = caught_up(original, hessian, captured.drifts[name.removeprefix(prefix)], self.catch_up)
             with self.clock.phase("quantize"):
-                weight = algorithm.quantize(
-                    target,
-                    layout=layouts[name],
-                    hessian=hessian,
-                    generator=generator(self.seed, algorithm.stream(name, layouts[name].shape)),
-                    bias=bias,
-                    name=name,
-                )
+                weight = self._quantized(algorithm, causal, name, layouts[name], hessian, target)
             with self.clock.phase("decode"):
-                decoded = weight.dequantize()
-                if not bool(torch.isfinite(decoded).all()):
-                    raise NumericalError(
-                        f"{name}: the quantized weight decodes to NaN or infinity. This is a bug; please report it."
-                    )
+                decoded = self._decoded(weight, name)
                 error = proxy_loss(original, decoded, hessian) if hessian is not None else None
                 causal.set_weight(block, name, decoded, weight.bias)
-            seconds = time.perf_counter() - start
-            rows.append(
-                MatrixReport(
-                    name, weight.layout.shape, weight.layout.nominal_bits, weight.bits_per_weight, error, seconds
-                )
-            )
+            rows.append(self._row(name, weight, error, time.perf_counter() - start, index))
             weights[name] = weight
-            self.emit(
-                "matrix", name, block=index, module=name, bits=weight.bits_per_weight, error=error, seconds=seconds
-            )
         if tuner is None:
             return weights, rows, {}, None
         with self.clock.phase("tune blocks"):

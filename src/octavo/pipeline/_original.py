@@ -48,17 +48,22 @@ class Original(CausalModel):
             return f"it is a {mine}, {student.name} a {theirs}"
         for name, layout in config.layouts.items():
             try:
-                shape = skeleton.target_of(self._model.get_submodule(name)).shape
+                module = self._model.get_submodule(name)
+                is_table = isinstance(module, nn.Embedding)
+                shape = tuple(module.weight.shape) if is_table else skeleton.target_of(module).shape
             except AttributeError:
                 return f"it has no linear layer {name}"
             if shape != layout.shape:
                 return f"its {name} is {list(shape)}, in {student.name} {list(layout.shape)}"
-        # Embeddings and heads are copied by quantization and not tuned, so they must be equal.
-        reader = CheckpointReader(student.folder)
+        # Embeddings and heads are copied by quantization, unless it quantizes them, and not tuned: they must be equal.
+        reader, taken = (
+            CheckpointReader(student.folder),
+            {self._sources.get(f"{name}.weight") for name in config.layouts},
+        )
         ends = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
         for name, module in self._model.named_modules():
             stored = self._sources.get(f"{name}.weight")
-            if stored is None or not any(module is end for end in ends):
+            if stored is None or stored in taken or not any(module is end for end in ends):
                 continue
             kept = self.model_name(stored)
             if kept not in reader or reader.info(kept) != self.reader.info(stored):

@@ -57,8 +57,12 @@ class Student(nn.Module):
         self.units: dict[str, float] = {}
         self.layers: dict[str, TunableLinear] = {}
         self._norms: dict[str, tuple[nn.Module, str]] = {}
+        ends = (self.model.get_output_embeddings(), self.model.get_input_embeddings())
         for name in self.config.layouts:
             old = self.model.get_submodule(name)
+            if any(old is end for end in ends):
+                # Both models go through the quantized head: what it lost is not the blocks' to make up for.
+                continue
             assert isinstance(old, VQLinear)
             layer = self.layers[name] = TunableLinear(old.vq_weight(), train, name)
             self.model.set_submodule(name, layer)

@@ -24,6 +24,7 @@ from octavo.models import skeleton
 from octavo.models.adapter import CausalModel
 from octavo.models.source import resolve
 from octavo.pipeline.guide import Sensitivity, check_guided, find
+from octavo.pipeline.head import head_layouts
 from octavo.pipeline.output import Contents
 
 AUTO, DEFAULT_BITS = "auto", 2.25
@@ -35,7 +36,7 @@ _ROW_PARALLEL = ("o_proj", "down_proj", "c_proj", "out_proj", "dense", "wo", "fc
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of the plan; ``bits`` is its size in the files."""
+    """One matrix of the plan; ``bits`` is its size in the files. Head and embedding have the block after the last."""
 
     module: str
     block: int
@@ -115,6 +116,7 @@ def plan(
     side_dtype: SideDtype = "float16",
     format: str = "octavo",
     overrides: Mapping[str, float] | None = None,
+    head_bits: float | None = None,
     guided: str = "none",
     sensitivity: Sensitivity = "gradients",
     guide: str | Path | None = None,
@@ -129,6 +131,7 @@ def plan(
     """Work out a quantization without doing it; reads only configuration and tensor headers, unless guided.
 
     Args:
+        head_bits: as :func:`octavo.quantize` takes it.
         guided: ``bits`` or ``both`` runs the pass of gradients that :func:`octavo.quantize` would run, on the same text
             (``calib``, ``samples``, ``ctx``, ``seed``); bits are shared out as there, and a KL is predicted.
         sensitivity: what bits are shared out by, as :func:`octavo.quantize` takes it.
@@ -142,11 +145,11 @@ def plan(
     algorithm, form = build_algorithm(method, bits, side_dtype, options, preset, format), formats.get(format)
     check_guided(guided, sensitivity)
     source = resolve(model, revision=revision, trust_remote_code=trust_remote_code, work=work)
-    causal = CausalModel(source, skip=skip)
+    causal = CausalModel(source, skip=skip, with_ends=head_bits is not None)
     algorithm = suited(algorithm, form, source.dtype)
     if size is not None:
         check_size(bits, preset)
-        algorithm = sized(causal, algorithm, form, size)
+        algorithm = sized(causal, algorithm, form, size, head_bits)
     ctx = window_length(ctx, causal.max_positions)
     importance = None
     if guided in ("bits", "both"):
@@ -154,7 +157,7 @@ def plan(
         file = None if guide is None else Path(guide)
         found = find(causal, algorithm, tokens, seed, sensitivity=sensitivity, file=file, progress=progress)
         importance = found.importance
-    return plan_model(causal, algorithm, samples, ctx, tensor_parallel, form, importance, overrides)
+    return plan_model(causal, algorithm, samples, ctx, tensor_parallel, form, importance, overrides, head_bits)
 
 
 def calibration(causal: CausalModel, calib: str, samples: int, ctx: int, seed: int) -> Tokens:
@@ -208,6 +211,7 @@ def plan_model(
     form: Format | None = None,
     importance: Mapping[str, float] | None = None,
     overrides: Mapping[str, float] | None = None,
+    head_bits: float | None = None,
 ) -> Plan:
     """:func:`plan` for a model that is already open.
 
@@ -220,6 +224,8 @@ def plan_model(
     form = form or formats.get("octavo")
     if samples < 1 or ctx < 2:
         raise UsageError(f"samples wanted >= 1 and ctx >= 2, got {samples} and {ctx}")
+    if head_bits is not None and not form.holds_embeddings:
+        raise UsageError(f"format {form.name} has no place for a quantized head or embedding; leave --head-bits out")
     targets = [(name, i, target) for i in range(len(model.blocks)) for name, target in model.targets(i).items()]
     shapes = [(target.shape, target.bias) for _, _, target in targets]
     costs = None if importance is None else [importance[name] for name, _, _ in targets]
@@ -231,6 +237,10 @@ def plan_model(
     ]
     if not matrices:
         raise UsageError(f"{model.source.name}: every linear layer is skipped; there is nothing to quantize")
+    warnings = _warnings(model, matrices, algorithm, samples * ctx)
+    if head_bits is not None:
+        ends = head_layouts(model, algorithm, head_bits)
+        matrices += [Matrix(name, len(model.blocks), layout, form.bits(layout)) for name, layout in ends.items()]
     if tensor_parallel != 1:
         _check_tensor_parallel(matrices, tensor_parallel)
     weights = sum(m.layout.weights for m in matrices)
@@ -255,7 +265,7 @@ def plan_model(
         work_bytes=bits // 8 + (_hidden_bytes(model, samples * ctx) * 3 if algorithm.needs_hessian else 0),
         seconds=flops / _measured_flops(),
         predicted_kl=predicted,
-        warnings=tuple(_warnings(model, matrices, algorithm, samples * ctx)),
+        warnings=tuple(warnings),
     )
 
 
@@ -305,8 +315,10 @@ def check_size(bits: float | None, preset: str | None) -> None:
         raise UsageError("--size decides the bits per weight; leave --bits and --preset out")
 
 
-def sized(model: CausalModel, algorithm: Algorithm, form: Format, target_bytes: int) -> Algorithm:
-    """The algorithm with the bits per weight that make weight files of at most ``target_bytes``.
+def sized(
+    model: CausalModel, algorithm: Algorithm, form: Format, target_bytes: int, head_bits: float | None = None
+) -> Algorithm:
+    """The algorithm with the bits per weight that make weight files of at most ``target_bytes``, ends included.
 
     Raises:
         UsageError: a method of whole bits, or a size that cannot be met.
@@ -321,23 +333,27 @@ def sized(model: CausalModel, algorithm: Algorithm, form: Format, target_bytes: 
         raise UsageError(f"{model.source.name}: every linear layer is skipped; there is nothing to quantize")
     shapes = [(target.shape, target.bias) for target in targets.values()]
     weights = sum(out * inp for (out, inp), _ in shapes)
-    kept = _kept_bytes(model, form)
+    kept, ends = _kept_bytes(model, form), {}
+    if head_bits is not None:
+        ends = head_layouts(model, algorithm, head_bits)
+        kept += sum(-(-form.bits(layout) // 8) for layout in ends.values())
     # Matrices are padded to whole bytes each; headers depend on the layouts, and those on the bits.
-    overhead = kept + len(targets) + _header_bytes(model, dict.fromkeys(targets))
+    overhead = kept + len(targets) + _header_bytes(model, dict.fromkeys(targets) | ends)
     for _ in range(_ATTEMPTS):
         bits = 8 * (target_bytes - overhead) / weights
         if not MIN_BITS <= bits <= MAX_BITS:
             break
         algorithm = replace(algorithm, bits=bits)
         layouts = algorithm.layouts(shapes, lambda layout: not form.refusals(layout), form.bits)
-        headers = _header_bytes(model, dict(zip(targets, layouts, strict=True)))
+        headers = _header_bytes(model, dict(zip(targets, layouts, strict=True)) | ends)
         total = kept + headers + sum(-(-form.bits(layout) // 8) for layout in layouts)
         if total <= target_bytes:
             return algorithm
         overhead += total - target_bytes
+    stay = "" if ends else ", which stay as they are without --head-bits"
     raise UsageError(
         f"--size {target_bytes:,} bytes cannot be met by {algorithm.name}: {kept:,} bytes are embeddings, head and "
-        f"norms, which stay as they are, and {weights:,} weights take {MIN_BITS:g} to {MAX_BITS:g} bits each. Try "
+        f"norms{stay}, and {weights:,} weights take {MIN_BITS:g} to {MAX_BITS:g} bits each. Try "
         f"{int(kept + 1.5 * weights / 8):,} to {int(kept + 4.5 * weights / 8):,}, or another method."
     )
 

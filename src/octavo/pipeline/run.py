@@ -86,6 +86,7 @@ def quantize(
     side_dtype: SideDtype = "float16",
     format: str = "octavo",
     overrides: Mapping[str, float] | None = None,
+    head_bits: float | None = None,
     guided: Guided | None = None,
     sensitivity: Sensitivity = "gradients",
     guide: str | Path | None = None,
@@ -119,6 +120,8 @@ def quantize(
         format: of the output: ``octavo``, or ``vptq`` for other people's loaders; layouts are chosen within what those
             can read, and whatever they cannot is refused.
         overrides: glob patterns of modules -> bits per weight that they get whatever the others get.
+        head_bits: bits of a code per weight of output head and embedding, which otherwise stay as they are: 1, 1.5, 2,
+            2.5, 3, 3.5 or 4. Whatever the method, they get universal codebooks. A matrix that is both stays one.
         guided: what is decided by what errors cost in the end, found out by one pass of gradients through the original
             (:mod:`octavo.pipeline.guide`): the ``weights`` of the calibration tokens, how ``bits`` are shared out
             between the matrices, ``both`` or ``none``. None: the method decides.
@@ -159,14 +162,15 @@ def quantize(
         job.emit("phase", f"reading {model}")
         with job.clock.phase("open"):
             source = resolve(model, revision=revision, trust_remote_code=trust_remote_code, work=work / "source")
-            causal = CausalModel(source, skip=skip)
+            causal = CausalModel(source, skip=skip, with_ends=head_bits is not None)
             if tuning is not None:
                 choose_windows(causal, tuning)
             ctx = window_length(ctx, causal.max_positions)
             algorithm = suited(algorithm, form, source.dtype)
             if size is not None:
-                algorithm = sized(causal, algorithm, form, size)
-            the_plan = plan_model(causal, algorithm, samples, ctx, form=form, overrides=overrides)
+                algorithm = sized(causal, algorithm, form, size, head_bits)
+            choices: dict[str, Any] = {"form": form, "overrides": overrides, "head_bits": head_bits}
+            the_plan = plan_model(causal, algorithm, samples, ctx, **choices)
             for warning in the_plan.warnings:
                 job.note(warning)
             if os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"):
@@ -191,13 +195,14 @@ def quantize(
                 "catch_up": job.catch_up,
                 "tune_blocks": block_options.to_dict() if block_options else None,
                 # Not on_bad_hessian: what is committed did not need it, and its error advises to resume with the other.
+                **({} if head_bits is None else {"head_bits": head_bits}),
             }
             store = Store(work, identity)
             if store.exists():
                 store.resume()
                 for note in [*store.notes, *(n for entry in store.state.blocks for n in entry["notes"])]:
                     job.note(note)
-                if os.path.lexists(job.out) and len(store.state.blocks) < len(causal.blocks):
+                if os.path.lexists(job.out) and len(store.state.blocks) < causal.steps:
                     raise UsageError(already_there(job.out))
             else:
                 size = the_plan.file_bytes + the_plan.work_bytes
@@ -212,9 +217,7 @@ def quantize(
             file = None if guide is None else Path(guide)
             found = job.guide(causal, algorithm, store, tokens, work, file, sensitivity)
             if guided in ("bits", "both"):
-                the_plan = plan_model(
-                    causal, algorithm, samples, ctx, form=form, importance=found.importance, overrides=overrides
-                )
+                the_plan = plan_model(causal, algorithm, samples, ctx, importance=found.importance, **choices)
                 kl = f"{the_plan.predicted_kl:.4f}"
                 job.emit("phase", f"predicted KL per token at {the_plan.bits_per_weight:.3f} bits per weight: {kl}")
             if guided == "bits":

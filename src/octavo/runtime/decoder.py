@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from octavo._core import clib
 from octavo._core.errors import ResourceError, UsageError
+from octavo.kernels import lookup
 from octavo.kernels._packed import PackedMatrix
-from octavo.nn import VQLinear
+from octavo.nn import TiedEmbedding, VQLinear
 from octavo.runtime import _structs as structs
 
 _BEST_ISA = 0
@@ -72,6 +73,10 @@ def why_not(model: Any) -> str:
             return f"{name} is not packed: {reason}"
         if not isinstance(layer, VQLinear | nn.Linear) and name.endswith("_proj"):
             return f"{name} is a {type(layer).__name__}"
+    embedding = model.get_input_embeddings()
+    table = embedding.head if isinstance(embedding, TiedEmbedding) else embedding
+    if isinstance(table, VQLinear) and (reason := lookup.why_not(table.layout)):
+        return f"rows of the embedding cannot be looked up in its matrix: {reason}"
     return ""
 
 
@@ -198,8 +203,8 @@ class NativeDecoder:
             block=blocks,
             final_norm=self._norm(body.norm),
             # A token reads one row of it.
-            embedding=self._linear(embedding.weight, counted=False),
-            head=self._linear(head.weight, getattr(head, "bias", None)),
+            embedding=self._layer(embedding, counted=False),
+            head=self._layer(head),
             epsilon=config.rms_norm_eps,
             attention_scale=attention.scaling,
             attention_cap=getattr(config, "attn_logit_softcapping", None) or 0.0,
@@ -217,19 +222,19 @@ class NativeDecoder:
             if (norm := _find(layer, path)) is not None:
                 setattr(block, name, self._norm(norm))
         for name, path in _LAYERS.items():
-            module: Any = layer.get_submodule(path)
-            if isinstance(module, VQLinear):
-                setattr(block, name, self._matrix(module))
-            else:
-                setattr(block, name, self._linear(module.weight, module.bias))
+            setattr(block, name, self._layer(layer.get_submodule(path)))
         block.frequencies = self._numbers(rotary.inv_freq)
         return block
 
-    def _matrix(self, layer: VQLinear) -> structs.Linear:
+    def _layer(self, layer: Any, *, counted: bool = True) -> structs.Linear:
+        """A linear layer or an embedding; ``counted`` if a token reads all of it."""
+        layer = layer.head if isinstance(layer, TiedEmbedding) else layer
+        if not isinstance(layer, VQLinear):
+            return self._linear(layer.weight, getattr(layer, "bias", None), counted=counted)
         prepared = layer.prepared()
         assert isinstance(prepared, PackedMatrix)
         self._kept.append(prepared)
-        self.bytes_per_token += prepared.weight.bits() // 8
+        self.bytes_per_token += prepared.weight.bits() // 8 if counted else 0
         return structs.Linear(matrix=prepared.handle, out=layer.out_features, in_=layer.in_features)
 
     def _linear(self, weight: Tensor, bias: Tensor | None = None, *, counted: bool = True) -> structs.Linear:
