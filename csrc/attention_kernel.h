@@ -111,8 +111,7 @@ inline void attend(const octavo::Attention& a) {
     int64_t i = 0;
     for (; i + 4 * kLanes <= a.width; i += 4 * kLanes)
         add_values<4>(a.values + i, a.scores, a.positions, a.width, a.out + i);
-    for (; i + kLanes <= a.width; i += kLanes)
-        add_values<1>(a.values + i, a.scores, a.positions, a.width, a.out + i);
+    for (; i + kLanes <= a.width; i += kLanes) add_values<1>(a.values + i, a.scores, a.positions, a.width, a.out + i);
     for (; i < a.width; ++i) {
         float sum = 0.0f;
         for (p = 0; p < a.positions; ++p) sum += a.scores[p] * from_half(a.values[p * a.width + i]);

@@ -31,9 +31,9 @@ struct LookUpStage {
     int64_t entries;    // of the book
     const float* book;  // [v][kTable]: centroids in columns, zeros behind the last
     float largest;      // norm of the largest centroid
-    // Centroids times `unit`, rounded to thirteen bits, for kernels that multiply pairs of integers: [blocks of 64 entries][pairs of
-    // elements][4][16 entries][2]. Of the 16 entries of number k, four are 4 k and on of every 16 of the block, so that
-    // packing puts them in order. A book of at most 16 entries stands there four times.
+    // Centroids times `unit`, rounded to thirteen bits, for kernels that multiply pairs of integers: [blocks of 64
+    // entries][pairs of elements][4][16 entries][2]. Of the 16 entries of number k, four are 4 k and on of every 16 of
+    // the block, so that packing puts them in order. A book of at most 16 entries stands there four times.
     const int16_t* integers;
     float unit;
 };

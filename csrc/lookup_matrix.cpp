@@ -11,6 +11,7 @@
 #include "octavo_c.h"
 #include "ops.h"
 #include "parallel.h"
+#include "prompt_matrix.h"
 
 namespace octavo {
 namespace {
@@ -31,6 +32,7 @@ class LookUpMatrix : public Matrix {
     LookUp look_up = {};
     std::vector<float> books[kMaxMatrixStages];
     std::vector<int16_t> integers[kMaxMatrixStages];
+    PromptBook prompt_book;
     std::vector<int64_t> chunk_starts, chunk_block;
     Bytes codes;
     std::vector<float> scales;  // [blocks][rows]
@@ -74,6 +76,13 @@ class LookUpMatrix : public Matrix {
         }
     }
 
+    bool has_many() const override {
+        return best_isa() >= OCTAVO_ISA_VBMI && (look_up.v == 4 || look_up.v == 8) && look_up.blocks == 1;
+    }
+    void many(const float* x, int64_t n, int threads, float* y) const override {
+        multiply_many(*this, look_up, prompt_book.view, x, n, threads, y);
+    }
+
     bool has_rows() const override { return true; }
     void row(int64_t r, float* to) const override;
 
@@ -99,7 +108,8 @@ class LookUpMatrix : public Matrix {
 
 void LookUpMatrix::row(int64_t r, float* to) const {
     const LookUp& l = look_up;
-    const int64_t tile = r / kRows, leader = tile / kTiles * kTiles, width = std::min(l.tiles - leader, int64_t{kTiles});
+    const int64_t tile = r / kRows, leader = tile / kTiles * kTiles,
+                  width = std::min(l.tiles - leader, int64_t{kTiles});
     const int place = place_of_row(static_cast<int>(r % kRows));
     std::fill(to, to + in, 0.0f);
     for (int64_t c = 0; c < l.chunks; ++c) {
@@ -205,6 +215,18 @@ void load_integers(int v, LookUpStage& stage, std::vector<int16_t>& integers) {
     stage.integers = integers.data();
 }
 
+// Of a tile's rows, before their scales; rows of a matrix are alike.
+float largest_weight(const LookUpMatrix& m) {
+    const int64_t rows = std::min<int64_t>(m.out, kRows);
+    std::vector<float> weights(static_cast<size_t>(rows * m.in));
+    m.decode(0, rows, false, weights.data(), 1);
+    float largest = 0.0f;
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < m.in && m.scales[r] != 0.0f; ++i)
+            largest = std::max(largest, std::abs(weights[r * m.in + i] / m.scales[r]));
+    return largest;
+}
+
 // FNV-1a over all that decides what a matrix makes of its inputs.
 uint64_t fingerprint(const LookUpMatrix& m) {
     uint64_t hash = 14695981039346656037u;
@@ -269,6 +291,7 @@ extern "C" int octavo_lookup_create(int64_t out, int64_t in, int32_t v, int32_t 
             for (int64_t tile = first; tile < last; ++tile) regroup(m, indices, bits, tile);
         });
         std::memset(m.codes.get() + m.code_bytes(), 0, kSlack);
+        if (m.has_many()) m.prompt_book.load(l, largest_weight(m));
         *matrix = static_cast<Matrix*>(made.release());
     } catch (const std::bad_alloc&) {
         return OCTAVO_NO_MEMORY;

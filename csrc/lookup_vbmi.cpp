@@ -25,7 +25,8 @@ constexpr int kBlock = 64;
 // Longest vectors.
 constexpr int kMaxVector = 8;
 
-// Elements of x times a factor in 16 bits; a zero follows each if vectors have a single element, for they come in pairs.
+// Elements of x times a factor in 16 bits; a zero follows each if vectors have a single element, for they come in
+// pairs.
 inline void to_integers(const float* x, int64_t n, int v, float factor, int16_t* to) {
     const __m512 times = _mm512_set1_ps(factor);
     for (int64_t i = 0; i < n; i += 16) {
@@ -50,8 +51,7 @@ inline void store_products(const __m512i* sums, int64_t step, uint8_t* table) {
     const __m512i lower = _mm512_set1_epi16(0xFF);
     const __m512i first = upper_words(sums[0], sums[step]), second = upper_words(sums[2 * step], sums[3 * step]);
     _mm512_store_si512(table, _mm512_packus_epi16(_mm512_and_si512(first, lower), _mm512_and_si512(second, lower)));
-    _mm512_store_si512(table + kTable,
-                       _mm512_packus_epi16(_mm512_srli_epi16(first, 8), _mm512_srli_epi16(second, 8)));
+    _mm512_store_si512(table + kTable, _mm512_packus_epi16(_mm512_srli_epi16(first, 8), _mm512_srli_epi16(second, 8)));
 }
 
 // Products of P vectors with all centroids of a stage, rounded; tables are `step` bytes apart.

@@ -103,6 +103,19 @@ int octavo_matrix_multiply(const void* matrix, const float* x, int64_t n, float*
     return OCTAVO_OK;
 }
 
+int octavo_matrix_has_many(const void* matrix) { return static_cast<const Matrix*>(matrix)->has_many() ? 1 : 0; }
+
+int octavo_matrix_many(const void* matrix, const float* x, int64_t n, float* y, int32_t threads) {
+    const Matrix& m = *static_cast<const Matrix*>(matrix);
+    if (!m.has_many() || n < 0 || threads < 1) return OCTAVO_BAD_ARGUMENT;
+    try {
+        if (n > 0) m.many(x, n, threads, y);
+    } catch (const std::bad_alloc&) {
+        return OCTAVO_NO_MEMORY;
+    }
+    return OCTAVO_OK;
+}
+
 int octavo_matrix_decode(const void* matrix, int64_t first, int64_t last, int32_t bfloat16, void* weights,
                          int32_t threads) {
     const Matrix& m = *static_cast<const Matrix*>(matrix);

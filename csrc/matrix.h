@@ -60,6 +60,9 @@ class Matrix {
     // Rows [first, last) as float32 or bfloat16, [last - first][in], to be multiplied by rotated() inputs.
     virtual void decode(int64_t first, int64_t last, bool bfloat16, void* to, int threads) const = 0;
 
+    // Whether there is a way for many vectors that rounds them to bytes: y[i] = W x[i] + bias for x [n][in].
+    virtual bool has_many() const { return false; }
+    virtual void many(const float*, int64_t, int, float*) const {}
     // Whether single rows can be decoded, transforms undone: to [in].
     virtual bool has_rows() const { return false; }
     virtual void row(int64_t, float*) const {}

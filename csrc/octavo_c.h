@@ -14,7 +14,7 @@
 #endif
 
 /* Changes whenever a signature below does; the Python side refuses any other number. */
-#define OCTAVO_ABI 4
+#define OCTAVO_ABI 5
 
 #define OCTAVO_OK 0
 #define OCTAVO_BAD_ARGUMENT 1
@@ -137,6 +137,13 @@ OCTAVO_API void octavo_matrix_destroy(void* matrix);
  */
 OCTAVO_API int octavo_matrix_multiply(const void* matrix, const float* x, int64_t n, float* y, int32_t threads,
                                       int32_t isa);
+
+/* The same for many vectors at a time, whose inputs, transformed, are rounded to 8 bits by groups of 128, as are the
+ * weights: about 1 % of a result where inputs are of similar size, which a transform makes them. Only where
+ * octavo_matrix_has_many says 1 on this processor. The result does not depend on `threads`.
+ */
+OCTAVO_API int octavo_matrix_has_many(const void* matrix);
+OCTAVO_API int octavo_matrix_many(const void* matrix, const float* x, int64_t n, float* y, int32_t threads);
 
 /* Rows [first, last) of W without the transform, as float32 or as bfloat16, [last - first][in]; first is a multiple of
  * 64. W x = decoded * transformed, with octavo_matrix_transform for the latter.

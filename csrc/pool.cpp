@@ -37,7 +37,9 @@ class Pool {
         order_.store(((order_.load(std::memory_order_relaxed) >> kBits) + 1) << kBits | static_cast<uint64_t>(count));
         if (asleep_.load() == 0) return;
         // Whoever is between looking at the order and falling asleep holds the mutex.
-        { const std::lock_guard<std::mutex> lock(mutex_); }
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+        }
         wake_.notify_all();
     }
 

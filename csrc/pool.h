@@ -54,9 +54,9 @@ class Helpers {
     void run(const Job& job);
 
     int count_ = 0;
-    Pool* pool_ = nullptr;            // if it is ours for now
-    std::vector<std::thread> own_;    // if it is not
-    std::atomic<int> begin_{0};       // of the latter: 1 to work, -1 to go home
+    Pool* pool_ = nullptr;          // if it is ours for now
+    std::vector<std::thread> own_;  // if it is not
+    std::atomic<int> begin_{0};     // of the latter: 1 to work, -1 to go home
     Job job_ = {};
 };
 

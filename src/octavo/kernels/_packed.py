@@ -19,6 +19,10 @@ from octavo.weight import VQWeight
 _BEST_ISA = 0
 #: Decoded numbers at a time; whole tiles of 64 rows.
 _DECODED = 1 << 22
+#: From so many inputs on :meth:`PackedMatrix.many` is faster than products of few inputs at a time.
+_MANY = 20
+#: Inputs of a transform that makes them of similar size, so that eight bits of each are enough.
+_EVEN = 64
 
 
 class PackedMatrix:
@@ -39,6 +43,20 @@ class PackedMatrix:
         y = x.new_empty(x.shape[0], self.weight.layout.shape[0])
         arguments = (self.handle, x.data_ptr(), x.shape[0], y.data_ptr(), threads or clib.threads(), isa)
         clib.call(_library().octavo_matrix_multiply, *arguments)
+        return y
+
+    @property
+    def has_many(self) -> bool:
+        """Whether :meth:`many` runs here, on inputs that it suits."""
+        transform = self.weight.layout.transform
+        even = transform is not None and transform.input >= _EVEN
+        return even and bool(_library().octavo_matrix_has_many(self.handle))
+
+    def many(self, x: Tensor, threads: int | None = None) -> Tensor:
+        """:meth:`multiply` for many inputs at once; they are rounded to 8 bits by groups of 128, as are the weights."""
+        y = x.new_empty(x.shape[0], self.weight.layout.shape[0])
+        arguments = (self.handle, x.data_ptr(), x.shape[0], y.data_ptr(), threads or clib.threads())
+        clib.call(_library().octavo_matrix_many, *arguments)
         return y
 
     def transformed(self, x: Tensor) -> Tensor:
@@ -85,7 +103,10 @@ class PackedKernel(Kernel):
     @classmethod
     def linear(cls, x: Tensor, prepared: PackedMatrix) -> Tensor:
         rows = x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
-        if rows.shape[0] >= cls.many:
+        # Whoever computes in float32 wants more digits than bytes have.
+        if rows.shape[0] >= _MANY and x.dtype == torch.bfloat16 and prepared.has_many:
+            y = prepared.many(rows.float().contiguous()).to(x.dtype)
+        elif rows.shape[0] >= cls.many:
             y = _decoded(rows, prepared)
         else:
             y = prepared.multiply(rows.float().contiguous()).to(x.dtype)

@@ -1,7 +1,8 @@
 """The fast CPU kernel: codes stay packed, products with centroids are looked up (``csrc/lookup.h``).
 
 A vector of inputs that meets a codebook gives one product per centroid, once for all rows. For many inputs at a time
-(prompts) blocks of rows are decoded and multiplied as dense matrices, which reads and decodes every code once as well.
+(prompts) rows are decoded to bytes and multiplied as such (``csrc/prompt.h``) where inputs are in bfloat16, otherwise
+as dense matrices; both read and decode every code once as well.
 """
 
 from __future__ import annotations
@@ -75,6 +76,6 @@ class LookUp(PackedKernel):
     """C++ on the CPU: products with centroids are looked up, the matrix stays packed."""
 
     rank = 10
-    many = 12
+    many = 96
     refuses = staticmethod(why_not)
     prepare = staticmethod(pack)

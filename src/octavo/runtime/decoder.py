@@ -27,7 +27,7 @@ _ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 #: Rotary positions whose frequencies do not depend on the length.
 _ROPES = ("default", "linear", "llama3")
 #: Prompts from this length on are read by transformers, whose products of decoded matrices are faster then.
-_LONG_PROMPT = 24
+_LONG_PROMPT = 32
 _NORMS = {
     "attention_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
