@@ -48,7 +48,7 @@ float unit_scale(const float* values, int64_t count) {
 
 // Floats in pieces that each start a cache line.
 class Floats {
-  public:
+   public:
     explicit Floats(int64_t count) : raw_(new float[static_cast<size_t>(count + kBlock)]) {
         void* at = raw_.get();
         size_t space = static_cast<size_t>(count + kBlock) * sizeof(float);
@@ -62,7 +62,7 @@ class Floats {
         return taken;
     }
 
-  private:
+   private:
     std::unique_ptr<float[]> raw_;
     float* at_;
 };

@@ -161,12 +161,13 @@ constexpr int kTogether = 4;
 
 // The search of one point after the other.
 class BeamSearch {
-  public:
+   public:
     BeamSearch(const AdditiveSearch& search, const AdditiveScratch& scratch) : s_(search), at_(scratch) {}
 
     // Codes of n transformed points, at most kPoints; zeros where no sum of centroids is at a finite distance.
     void points(const float* y, int64_t n, int64_t* out) {
-        for (int t = 0; t < s_.stages; ++t) s_.kernel.project(y, n, -2.0f, s_.books[t], s_.books[t].norms, at_.rows[t]);
+        for (int t = 0; t < s_.stages; ++t)
+            s_.kernel.project(y, n, -2.0f, s_.books[t], s_.books[t].norms, at_.rows[t]);
         for (int64_t i = 0; i < n; ++i, y += s_.v, out += s_.stages) {
             bool finite = true;
             for (int j = 0; j < s_.v; ++j) finite = finite && fabsf(y[j]) <= octavo::kMaxElement;
@@ -178,7 +179,7 @@ class BeamSearch {
         }
     }
 
-  private:
+   private:
     void search(int64_t* out) {
         const int last = s_.stages - 1;
         const AdditiveBook& book = s_.books[0];
@@ -348,10 +349,7 @@ inline void search_points(const AdditiveSearch& s, const AdditiveScratch& scratc
 }
 
 inline AdditiveKernel additive_kernel(int v) {
-#define OCTAVO_LENGTH(V)                        \
-    {                                           \
-        transform<V>, project<V>, search_points \
-    }
+#define OCTAVO_LENGTH(V) {transform<V>, project<V>, search_points}
     static constexpr AdditiveKernel kTable[octavo::kMaxVector] = {
         OCTAVO_LENGTH(1),  OCTAVO_LENGTH(2),  OCTAVO_LENGTH(3),  OCTAVO_LENGTH(4),
         OCTAVO_LENGTH(5),  OCTAVO_LENGTH(6),  OCTAVO_LENGTH(7),  OCTAVO_LENGTH(8),

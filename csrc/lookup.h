@@ -74,7 +74,7 @@ inline int place_of_row(int row) { return (row % 32) / 8 * 16 + row / 32 * 8 + r
 
 // Scratch of a thread for the tables of `columns` columns of x.
 inline int64_t scratch_bytes(const octavo::LookUp& m, int64_t columns) {
-    return columns * octavo::kChunk * m.stages * octavo::kTableBytes;
+    return columns * octavo::kChunk * m.stages * octavo::kTable * int64_t{sizeof(float)};
 }
 
 // Where the codes of a chunk and of the tiles from `tile` on begin; `tile` is a multiple of kTiles.

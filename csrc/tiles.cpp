@@ -59,7 +59,7 @@ struct Problem {
 // The fit of one codebook of vectors of length V (0: of any length).
 template <int V>
 class Fit {
-  public:
+   public:
     Fit(const Problem& problem, int64_t tile, float* centroids)
         : p_(problem),
           first_(tile * problem.tile_rows),
@@ -117,7 +117,7 @@ class Fit {
         return error;
     }
 
-  private:
+   private:
     int length() const { return V > 0 ? V : p_.v; }
     size_t at(int64_t column) const { return static_cast<size_t>(column * rows_ * length()); }
     const float* x(int64_t column) const { return &x_[at(column)]; }
@@ -145,8 +145,7 @@ class Fit {
             for (int64_t c = 0; c < p_.vectors; ++c) {
                 const float* from = p_.points + (row * p_.vectors + c) * length();
                 std::copy_n(from, length(), &x_[at(c) + static_cast<size_t>(r * length())]);
-                if (p_.weights != nullptr)
-                    weight_[static_cast<size_t>(c * rows_ + r)] = p_.weights[row * p_.vectors + c];
+                if (p_.weights != nullptr) weight_[static_cast<size_t>(c * rows_ + r)] = p_.weights[row * p_.vectors + c];
             }
         }
     }
@@ -215,8 +214,7 @@ class Fit {
             if (members_[static_cast<size_t>(c)] == 0)
                 empty.push_back(c);
             else
-                solve(&normal_[static_cast<size_t>(c) * square], &right_[static_cast<size_t>(c * v)],
-                      centroids_ + c * v);
+                solve(&normal_[static_cast<size_t>(c) * square], &right_[static_cast<size_t>(c * v)], centroids_ + c * v);
         }
         if (!empty.empty()) repair(empty);
         return !empty.empty();
@@ -347,8 +345,7 @@ extern "C" int octavo_fit_tiles(const float* points, const float* weights, const
                                 const double* uniforms, int32_t iterations, double tolerance, double* errors,
                                 int32_t threads, int32_t isa) {
     using namespace octavo;
-    if (!sizes(n, tile_rows, k, v, threads) || vectors < 1 || iterations < 1 || !usable(isa))
-        return OCTAVO_BAD_ARGUMENT;
+    if (!sizes(n, tile_rows, k, v, threads) || vectors < 1 || iterations < 1 || !usable(isa)) return OCTAVO_BAD_ARGUMENT;
     try {
         std::vector<double> metrics;
         if (roots != nullptr) {
@@ -361,18 +358,9 @@ extern "C" int octavo_fit_tiles(const float* points, const float* weights, const
                         for (int l = 0; l < v; ++l) metric[a * v + b] += double{root[a * v + l]} * root[b * v + l];
             }
         }
-        const Problem problem{points,
-                              weights,
-                              roots,
-                              n,
-                              vectors,
-                              v,
-                              tile_rows,
-                              k,
-                              iterations,
-                              tolerance,
-                              nearest_kernel(isa, v),
-                              metrics.empty() ? nullptr : metrics.data()};
+        const Problem problem{points, weights, roots,      n,         vectors,
+                              v,      tile_rows, k,        iterations, tolerance,
+                              nearest_kernel(isa, v), metrics.empty() ? nullptr : metrics.data()};
         const int64_t tiles = (n + tile_rows - 1) / tile_rows;
         const int64_t grain = std::max(int64_t{1}, 4096 / std::max(int64_t{1}, std::min(tile_rows, n) * vectors));
         return guarded_for(tiles, grain, threads, [&](int64_t first, int64_t last) {
