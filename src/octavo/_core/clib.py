@@ -19,7 +19,8 @@ from torch.nn import Parameter
 
 from octavo._core.errors import UsageError
 
-DISABLE, THREADS = "OCTAVO_NO_CLIB", "OCTAVO_THREADS"
+#: Environment: no library, another build of it (for sanitizers), threads of a call.
+DISABLE, LIBRARY, THREADS = "OCTAVO_NO_CLIB", "OCTAVO_LIBRARY", "OCTAVO_THREADS"
 OK, BAD_ARGUMENT, NO_MEMORY, OUT_OF_RANGE = range(4)
 
 _ABI = 5
@@ -79,7 +80,8 @@ def _folders() -> list[Path]:
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     name = _NAMES.get(sys.platform, "liboctavo_c.so")
-    found = [folder / name for folder in _folders() if (folder / name).is_file()]
+    places = [Path(os.environ[LIBRARY])] if os.environ.get(LIBRARY) else [folder / name for folder in _folders()]
+    found = [place for place in places if place.is_file()]
     if not found:
         return None, f"{name} was not built when Octavo was installed (no working C++ compiler?). {_REMEDY}"
     try:

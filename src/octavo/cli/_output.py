@@ -74,7 +74,8 @@ class Output:
     def say(self, text: str = "") -> None:
         """A line of the result for people; nothing with ``--json``."""
         if not self.as_json:
-            print(text, file=self._stdout)
+            # At once: a server says where it listens and then nothing more.
+            print(text, file=self._stdout, flush=True)
 
     def facts(self, rows: Mapping[str, str]) -> None:
         """Aligned ``name  value`` lines."""
@@ -164,7 +165,8 @@ def task_counters(output: Output) -> Callable[[str, int, int], None]:
 
 def print_json(value: Mapping[str, Any], file: TextIO | None = None) -> None:
     """Print strict JSON; numbers that JSON does not have become null."""
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False), file=file or sys.stdout)
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    print(text, file=file or sys.stdout, flush=True)
 
 
 def _finite(value: Any) -> Any:

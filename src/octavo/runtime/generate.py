@@ -67,8 +67,13 @@ class Conversation:
     """
 
     def __init__(self, decoder: NativeDecoder, sampling: Sampling, seed: int = 0) -> None:
-        self.decoder, self.sampling = decoder, sampling
+        self.decoder = decoder
         self._tokens: list[int] = []
+        self.begin(sampling, seed)
+
+    def begin(self, sampling: Sampling, seed: int = 0) -> None:
+        """Draw the tokens from now on so; the cache stays."""
+        self.sampling = sampling
         self._generator = torch.Generator().manual_seed(seed)
 
     def answer(self, ids: Sequence[int], limit: int, stop: Collection[int]) -> Iterator[int]:
