@@ -200,6 +200,9 @@ OCTAVO_API void octavo_session_destroy(void* session);
 OCTAVO_API int octavo_session_run(void* session, const int64_t* tokens, int64_t n, int64_t length, float* logits,
                                   int32_t threads, int32_t isa);
 
+/* Seconds that octavo_session_run took since this was asked last, and how many of them went by in linear layers. */
+OCTAVO_API void octavo_session_times(void* session, double* seconds, double* linear_seconds);
+
 /* Puts keys and values [key_heads][n][head_width] of a block, rotated, into positions [first, first + n). */
 OCTAVO_API int octavo_session_write(void* session, int64_t block, int64_t first, int64_t n, const float* keys,
                                     const float* values);

@@ -4,8 +4,10 @@
 // Every thread keeps its own copy of the hidden state and works out norms by itself; what is shared is cut by output
 // rows or by heads, with a barrier before it is read.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <initializer_list>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -24,23 +26,6 @@ using Linear = octavo_linear;
 constexpr int kTogether = 3;
 
 const Matrix* quantized(const Linear& layer) { return static_cast<const Matrix*>(layer.matrix); }
-
-struct Session {
-    octavo_decoder d;
-    std::vector<octavo_block> blocks;
-    int64_t capacity;
-    Bytes keys, values;  // [blocks][key_heads][capacity][head_width] half floats
-
-    int64_t at(int64_t block, int64_t head, int64_t position) const {
-        return ((block * d.key_heads + head) * capacity + position) * d.head_width;
-    }
-    uint16_t* key(int64_t block, int64_t head, int64_t position) const {
-        return reinterpret_cast<uint16_t*>(keys.get()) + at(block, head, position);
-    }
-    uint16_t* value(int64_t block, int64_t head, int64_t position) const {
-        return reinterpret_cast<uint16_t*>(values.get()) + at(block, head, position);
-    }
-};
 
 // The largest sizes of all layers, for the scratch of a run.
 struct Sizes {
@@ -69,6 +54,53 @@ struct Shared {
     std::vector<Own> own;
 };
 
+// Memory of a run, kept for the next one of as many threads and columns.
+struct Scratch {
+    int threads;
+    int64_t columns;
+    Shared shared;
+    std::vector<Workspace> spaces;
+
+    // Throws std::bad_alloc.
+    Scratch(const octavo_decoder& d, const Sizes& sizes, int threads, int64_t columns, int64_t capacity)
+        : threads(threads), columns(columns) {
+        for (int i = 0; i < kTogether; ++i) spaces.emplace_back(threads, sizes.x, sizes.sums, sizes.scratch);
+        const auto numbers = [&](int64_t width) { return std::vector<float>(static_cast<size_t>(columns * width)); };
+        const int64_t wide = d.heads * d.head_width, narrow = d.key_heads * d.head_width;
+        Own own;
+        own.h = own.x = numbers(d.hidden);
+        own.scores.resize(static_cast<size_t>(capacity));
+        own.cosines = own.sines = numbers(d.head_width / 2);
+        shared = {numbers(wide),           numbers(narrow),         numbers(narrow),   numbers(wide),
+                  numbers(d.intermediate), numbers(d.intermediate), numbers(d.hidden), {}};
+        shared.own.assign(static_cast<size_t>(threads), own);
+    }
+};
+
+struct Session {
+    octavo_decoder d;
+    std::vector<octavo_block> blocks;
+    int64_t capacity;
+    Bytes keys, values;  // [blocks][key_heads][capacity][head_width] half floats
+    std::unique_ptr<Scratch> scratch;
+    // How long runs took, and how much of it their first threads were in linear layers, waiting for others included.
+    double seconds = 0.0, linear_seconds = 0.0;
+
+    int64_t at(int64_t block, int64_t head, int64_t position) const {
+        return ((block * d.key_heads + head) * capacity + position) * d.head_width;
+    }
+    uint16_t* key(int64_t block, int64_t head, int64_t position) const {
+        return reinterpret_cast<uint16_t*>(keys.get()) + at(block, head, position);
+    }
+    uint16_t* value(int64_t block, int64_t head, int64_t position) const {
+        return reinterpret_cast<uint16_t*>(values.get()) + at(block, head, position);
+    }
+};
+
+using Clock = std::chrono::steady_clock;
+
+double since(Clock::time_point began) { return std::chrono::duration<double>(Clock::now() - began).count(); }
+
 struct Target {
     const Linear* layer;
     float* y;
@@ -76,8 +108,7 @@ struct Target {
 
 class Run {
   public:
-    Run(const Session& session, const int64_t* tokens, int64_t columns, int64_t length, float* logits, int isa,
-        Shared& shared, std::vector<Workspace>& spaces)
+    Run(Session& session, const int64_t* tokens, int64_t columns, int64_t length, float* logits, int isa)
         : s_(session),
           d_(session.d),
           tokens_(tokens),
@@ -86,8 +117,8 @@ class Run {
           logits_(logits),
           ops_(ops_for(isa)),
           isa_(isa),
-          shared_(shared),
-          spaces_(spaces) {}
+          shared_(session.scratch->shared),
+          spaces_(session.scratch->spaces) {}
 
     // Called by every thread of the team.
     void thread(int rank, Team& team) const {
@@ -159,6 +190,7 @@ class Run {
     // All layers that read the same x. Their outputs are complete, and may be read by all, at the end.
     void linear(std::initializer_list<Target> targets, const float* x, int rank, Team& team,
                 int64_t columns = 0) const {
+        const Clock::time_point began = Clock::now();
         if (columns == 0) columns = columns_;
         const float* prepared[kTogether] = {};
         int64_t number = 0;
@@ -199,6 +231,7 @@ class Run {
             }
         }
         team.barrier();
+        if (rank == 0) s_.linear_seconds += since(began);
     }
 
     void turn(const octavo_block& block, Own& own) const {
@@ -265,7 +298,7 @@ class Run {
         ops_.gated(shared_.gate.data() + first, shared_.up.data() + first, last - first, d_.activation);
     }
 
-    const Session& s_;
+    Session& s_;
     const octavo_decoder& d_;
     const int64_t* tokens_;
     int64_t columns_, length_;
@@ -330,7 +363,8 @@ void octavo_session_destroy(void* session) { delete static_cast<Session*>(sessio
 int octavo_session_run(void* session, const int64_t* tokens, int64_t n, int64_t length, float* logits, int32_t threads,
                        int32_t isa) {
     using namespace octavo;
-    const Session& s = *static_cast<const Session*>(session);
+    const Clock::time_point began = Clock::now();
+    Session& s = *static_cast<Session*>(session);
     const octavo_decoder& d = s.d;
     if (isa == OCTAVO_ISA_BEST) isa = best_isa();
     if (isa < OCTAVO_ISA_BASELINE || isa > best_isa() || n < 1 || length < 0 || threads < 1) return OCTAVO_BAD_ARGUMENT;
@@ -344,29 +378,30 @@ int octavo_session_run(void* session, const int64_t* tokens, int64_t n, int64_t 
             for (const Linear* layer : {&b.query, &b.key, &b.value, &b.output, &b.gate, &b.up, &b.down})
                 sizes.add(*layer, most);
         sizes.add(d.head, 1);
-        std::vector<Workspace> spaces;
-        for (int i = 0; i < kTogether; ++i) spaces.emplace_back(threads, sizes.x, sizes.sums, sizes.scratch);
-        const auto numbers = [&](int64_t width) { return std::vector<float>(static_cast<size_t>(most * width)); };
-        const int64_t wide = d.heads * d.head_width, narrow = d.key_heads * d.head_width;
-        Shared shared{numbers(wide),           numbers(narrow),         numbers(narrow),   numbers(wide),
-                      numbers(d.intermediate), numbers(d.intermediate), numbers(d.hidden), {}};
-        Own own;
-        own.h = own.x = numbers(d.hidden);
-        own.scores.resize(static_cast<size_t>(length + n));
-        own.cosines = own.sines = numbers(d.head_width / 2);
-        shared.own.assign(static_cast<size_t>(threads), own);
+        if (s.scratch == nullptr || s.scratch->threads != threads || s.scratch->columns < most) {
+            s.scratch.reset();
+            s.scratch.reset(new Scratch(d, sizes, threads, most, s.capacity));
+        }
         Team::run(threads, [&](int rank, Team& team) {
             for (int64_t first = 0; first < n; first += most) {
                 const int64_t columns = std::min(most, n - first);
                 float* wanted = first + columns == n ? logits : nullptr;
-                Run(s, tokens + first, columns, length + first, wanted, isa, shared, spaces).thread(rank, team);
+                Run(s, tokens + first, columns, length + first, wanted, isa).thread(rank, team);
                 team.barrier();
             }
         });
+        s.seconds += since(began);
     } catch (const std::bad_alloc&) {
         return OCTAVO_NO_MEMORY;
     }
     return OCTAVO_OK;
+}
+
+void octavo_session_times(void* session, double* seconds, double* linear_seconds) {
+    Session& s = *static_cast<Session*>(session);
+    *seconds = s.seconds;
+    *linear_seconds = s.linear_seconds;
+    s.seconds = s.linear_seconds = 0.0;
 }
 
 int octavo_session_write(void* session, int64_t block, int64_t first, int64_t n, const float* keys,

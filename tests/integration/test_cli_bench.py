@@ -43,6 +43,7 @@ def test_bench_prints_one_document(capsys: pytest.CaptureFixture[str], quantized
     assert report["engine"] == "native decoder"
     for key in ("prompt_tokens_per_second", "generate_tokens_per_second", "bytes_per_token", "gigabytes_per_second"):
         assert report[key] > 0
+    assert 0 < report["outside_matrices"] < 1
     assert (report["prompt"], report["generate"], report["threads"], report["peers"]) == (30, 4, 1, [])
 
 
@@ -53,6 +54,7 @@ def test_bench_for_people_names_the_engine_and_the_share_of_the_memorys_speed(
     code, stdout, _ = call(capsys, "bench", quantized, *options)
     assert code == 0
     assert "native decoder" in stdout and "of the memory's speed" in stdout and "GB/s read by" in stdout
+    assert "outside matrices" in stdout
     code, stdout, _ = call(capsys, "bench", tiny_gpt2, *options)
     assert code == 0
     assert "transformers (gpt2 is none of the architectures" in stdout

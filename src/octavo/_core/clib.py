@@ -24,7 +24,7 @@ DISABLE, LIBRARY, THREADS = "OCTAVO_NO_CLIB", "OCTAVO_LIBRARY", "OCTAVO_THREADS"
 OK, BAD_ARGUMENT, NO_MEMORY, OUT_OF_RANGE = range(4)
 
 _ABI = 5
-_ISA = {1: "baseline", 2: "AVX2 + FMA", 3: "AVX-512", 4: "AVX-512 VBMI"}
+_ISA = {1: "baseline", 2: "AVX2 + FMA", 3: "AVX-512", 4: "AVX-512 VBMI + VNNI"}
 _NAMES = {"win32": "octavo_c.dll", "darwin": "liboctavo_c.dylib"}
 _REMEDY = (
     "Install a C++17 compiler (g++ or clang++) and run `pip install --force-reinstall .` in Octavo's source folder."
@@ -62,6 +62,7 @@ _SIGNATURES = {
     "octavo_session_create": (_POINTER, _INT64, _POINTER),
     "octavo_session_destroy": (_POINTER,),
     "octavo_session_run": (_POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT32, _INT32),
+    "octavo_session_times": (_POINTER, _POINTER, _POINTER),
     "octavo_session_write": (_POINTER, _INT64, _INT64, _INT64, _POINTER, _POINTER),
     "octavo_pack": (_POINTER, _INT64, _INT64, _INT32, _POINTER, _INT32),
     "octavo_unpack": (_POINTER, _INT64, _INT64, _INT32, _POINTER, _INT32),

@@ -97,7 +97,10 @@ def command(
         )
         output.table(columns, rows, title=f"{model}: {prompt} + {generate} tokens, {count} threads")
         output.say()
-        output.facts({"memory": f"{roof:.1f} GB/s read by {count} threads"})
+        facts = {"memory": f"{roof:.1f} GB/s read by {count} threads"}
+        if (outside := found[0].outside_matrices) is not None:
+            facts["outside matrices"] = f"{100 * outside:.1f} % of a generated token's time"
+        output.facts(facts)
 
 
 def _with_spread(median: float, spread: tuple[float, float]) -> str:

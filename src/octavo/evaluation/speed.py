@@ -30,6 +30,7 @@ class Speed:
         prompt_tokens_per_second, generate_tokens_per_second: of reading a prompt, of saying one token after the other.
         bytes_per_token: weights that one generated token reads; the cache of keys and values comes on top.
         gigabytes_per_second: these bytes times tokens per second.
+        outside_matrices: share of the time of generated tokens that is not spent in linear layers, if that is known.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Speed:
     generate_spread: tuple[float, float]
     bytes_per_token: int | None
     gigabytes_per_second: float | None
+    outside_matrices: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -72,6 +74,11 @@ class Native:
     def read(self, tokens: Sequence[int]) -> int:
         with one_thread():
             return int(self.decoder.run(torch.tensor(tokens)).argmax())
+
+    def outside(self) -> float | None:
+        """Share of the time since this was asked last that tokens in C++ spent elsewhere than in linear layers."""
+        whole, linear = self.decoder.times()
+        return 1 - linear / whole if whole else None
 
 
 class Transformers:
@@ -173,6 +180,8 @@ def measure(
             time.sleep(_PAUSE)
             began = time.perf_counter()
             token = runner.read(ids)
+            if isinstance(runner, Native):
+                runner.outside()
             middle = time.perf_counter()
             for _ in range(generate):
                 token = runner.read([token])
@@ -194,6 +203,8 @@ def measure(
                 (generate / max(saying), generate / min(saying)),
                 size,
                 None if size is None else size * said / 1e9,
+                # Of the last round.
+                runner.outside() if isinstance(runner, Native) else None,
             )
         )
     return found

@@ -157,6 +157,14 @@ class NativeDecoder:
         self.length += tokens.numel()
         return logits
 
+    def times(self) -> tuple[float, float]:
+        """Seconds that tokens took in C++ since this was asked last, and those of them in linear layers."""
+        lib = clib.library()
+        assert lib is not None
+        whole, linear = ctypes.c_double(), ctypes.c_double()
+        lib.octavo_session_times(self._session, ctypes.addressof(whole), ctypes.addressof(linear))
+        return whole.value, linear.value
+
     def rewind(self, length: int) -> None:
         """Forget all but the first ``length`` tokens."""
         if not 0 <= length <= self.length:
