@@ -22,6 +22,7 @@ from octavo.integrations.transformers import load
 from octavo.kernels import select
 from octavo.nn import TiedEmbedding, VQEmbedding, VQLinear
 from octavo.pipeline import plan
+from octavo.pipeline.convert import convert
 from octavo.pipeline.head import tied_hessian
 from octavo.pipeline.run import quantize
 from octavo.pipeline.tune import tune
@@ -181,6 +182,12 @@ def test_two_matrices_are_not_tied(tiny_model: Tiny, tmp_path: Path) -> None:
     (broken / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     with pytest.raises(FormatError, match="quantized, each for itself, but config.json ties them"):
         load(broken, dtype=torch.float32)
+
+
+def test_other_formats_have_no_place_for_them(quantized: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no place for a quantized embedding or tied head"):
+        convert(quantized, tmp_path / "out", to="vptq")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tied_hessian_mixes_both_uses() -> None:

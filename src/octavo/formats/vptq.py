@@ -213,7 +213,7 @@ class VPTQFormat(Format):
         norm = "input" if layout.channel_norm == "none" else layout.channel_norm
         # One codebook for the whole matrix may be said in two ways.
         tile = None if layout.books == 1 else layout.tile
-        return replace(layout, codebook_dtype=name, side_dtype=name, channel_norm=norm, tile=tile)
+        return replace(layout, codebook_dtype=name, codebook="", side_dtype=name, channel_norm=norm, tile=tile)
 
     def fit(self, weight: VQWeight, layout: Layout, where: str) -> VQWeight:
         if layout == weight.layout:

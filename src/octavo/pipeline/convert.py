@@ -91,9 +91,17 @@ def rewrite(source: ModelSource, out: Path, work: Path, form: Format) -> Convert
     if (folder / formats.MANIFEST_FILE).is_file() and (found := manifest.problems(folder)):
         raise FormatError("\n".join(found))
     model = skeleton.build(source)
-    ties = skeleton.ties(model)
+    ties, linear = skeleton.ties(model), skeleton.linear_layers(model)
+    tied = {*ties, *ties.values()}
+    if not form.holds_embeddings and (
+        ends := [name for name in before.layouts if name not in linear or f"{name}.weight" in tied]
+    ):
+        raise UsageError(
+            f"format {form.name} has no place for a quantized embedding or tied head ({', '.join(ends)}); quantize "
+            "without --head-bits."
+        )
     converter = _Converter(source, before, form, ties)
-    dense = [name for name in skeleton.linear_layers(model) if name not in before.layouts]
+    dense = [name for name in linear if name not in before.layouts]
     contents = Contents(form, converter.layouts, before.method, before.details, dense, ties)
     try:
         # Before anything is written.
