@@ -48,11 +48,12 @@ class Plan:
 
     Attributes:
         start: ``kmeans``; ``product`` (each stage a k-means of some of the elements, slightly perturbed); ``lattice``
-            (two stages whose sums are points of E8); ``sums`` (those of TRAINED, as one stage); or ``residual``
-            (TRAINED, and a k-means of what it leaves).
+            (two stages whose sums are points of E8); ``sums`` (those of ``base``, as one stage); or ``residual``
+            (``base``, and a k-means of what it leaves).
         rounds, vectors: assignments and refits, and fresh vectors in each.
         beam: of the search while training.
         shared: one scale for all stages, and integer sums within int8.
+        base: the shipped codebook, of two stages, that others start from.
     """
 
     start: str = "kmeans"
@@ -60,6 +61,7 @@ class Plan:
     vectors: int = 1 << 17
     beam: int = 32
     shared: bool = False
+    base: str = "gaussian-v8-k256-256"
 
 
 PLANS = {
@@ -76,13 +78,12 @@ PLANS = {
     "gaussian-v4-k256-signs": Plan(rounds=400),
     "gaussian-v4-k256-64": Plan("product", rounds=300, beam=64),
     "gaussian-v4-k256-256": Plan("product", rounds=300, beam=64),
+    "gaussian-v4-k256-256-256": Plan("residual", rounds=100, base="gaussian-v4-k256-256"),
     "gaussian-v2-k16": Plan(rounds=400),
     "gaussian-v2-k64": Plan(rounds=400),
     "gaussian-v2-k256": Plan(rounds=400),
     "gaussian-v8-k65536": Plan("sums", rounds=30, vectors=1 << 20),
 }
-#: The shipped codebook that others start from.
-TRAINED = "gaussian-v8-k256-256"
 
 
 class Source:
@@ -128,7 +129,7 @@ def start(plan: Plan, source: Source, sizes: list[int]) -> list[Tensor]:
         books = _lattice(sizes, source.stream)
         tries = [[scale * book for book in books] for scale in LATTICE_SCALES]
         return min(tries, key=lambda books: error(points[: 1 << 14], books, plan.beam))
-    trained = codebooks.get(TRAINED)
+    trained = codebooks.get(plan.base)
     first, second = books = [trained.centroids(0), trained.centroids(1)]
     if plan.start == "sums":
         return [(first[:, None] + second[None]).reshape(-1, source.vector_length)]

@@ -162,7 +162,7 @@ def test_tuning_leaves_them_alone(quantized: Path, tmp_path: Path, tiny_model: T
 
 
 def test_what_cannot_be_is_refused_before_work_starts(tiny_model: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--head-bits wanted one of 1, 1.5, 2, 2.5, 3, 3.5, 4, got 8"):
+    with pytest.raises(UsageError, match=r"--head-bits wanted one of 1, 1.5, 2, 2.5, 3, 3.5, 4, 6, got 8"):
         quantize(tiny_model(TIED), tmp_path / "out", head_bits=8, **FAST)
     with pytest.raises(UsageError, match="format vptq has no place"):
         quantize(tiny_model(TIED), tmp_path / "out", head_bits=4, format="vptq", method="vptq", samples=2, ctx=32)

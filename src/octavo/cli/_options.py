@@ -75,7 +75,7 @@ HeadBits = Annotated[
     float | None,
     typer.Option(
         "--head-bits",
-        help="Quantize output head and embedding too, with codes of so many bits: 1, 1.5, 2, 2.5, 3, 3.5 or 4.",
+        help="Quantize output head and embedding too, with codes of so many bits: 1, 1.5, 2, 2.5, 3, 3.5, 4 or 6.",
         show_default="as they are",
     ),
 ]

@@ -20,6 +20,8 @@ from octavo.layout import Layout
 from octavo.math.hessian import HessianAccumulator
 from octavo.models.adapter import CausalModel
 
+#: For heads alone: finer than any matrix of a block would get.
+_FINE = "gaussian-v4-k256-256-256"
 #: What an embedding's own errors weigh in a matrix that is head and embedding, against those of the head.
 TIED_SHARE = 0.1
 
@@ -42,10 +44,12 @@ def head_layouts(model: CausalModel, algorithm: Algorithm, bits: float) -> dict[
     assert model.ends is not None
     layouts = {}
     for name, target in model.ends.targets.items():
-        found = {x.nominal_bits: x for x in head_algorithm(algorithm).candidates(target.shape, target.bias)}
+        base, shape = head_algorithm(algorithm), (target.shape, target.bias)
+        choices = [*base.candidates(*shape), *replace(base, codebook=_FINE).candidates(*shape)]
+        found = {layout.nominal_bits: layout for layout in choices}
         if bits not in found:
-            choices = ", ".join(f"{b:g}" for b in sorted(found))
-            raise UsageError(f"--head-bits wanted one of {choices}, got {bits:g}.")
+            known = ", ".join(f"{b:g}" for b in sorted(found))
+            raise UsageError(f"--head-bits wanted one of {known}, got {bits:g}.")
         layouts[name] = found[bits]
     return layouts
 

@@ -121,7 +121,7 @@ def quantize(
             can read, and whatever they cannot is refused.
         overrides: glob patterns of modules -> bits per weight that they get whatever the others get.
         head_bits: bits of a code per weight of output head and embedding, which otherwise stay as they are: 1, 1.5, 2,
-            2.5, 3, 3.5 or 4. Whatever the method, they get universal codebooks. A matrix that is both stays one.
+            2.5, 3, 3.5, 4 or 6. Whatever the method, they get universal codebooks. A matrix that is both stays one.
         guided: what is decided by what errors cost in the end, found out by one pass of gradients through the original
             (:mod:`octavo.pipeline.guide`): the ``weights`` of the calibration tokens, how ``bits`` are shared out
             between the matrices, ``both`` or ``none``. None: the method decides.
