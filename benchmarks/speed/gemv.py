@@ -27,10 +27,10 @@ from synthetic import BLOCKS, layout_of, random_tensors
 sys.path.insert(0, str(Path(__file__).parents[1] / "quality"))
 from table import machine
 
-from octavo import codebooks
 from octavo._core.io import write_json
 from octavo.evaluation.speed import read_bandwidth
 from octavo.kernels.lookup import pack
+from octavo.layout import BlockScale, Layout
 from octavo.weight import VQWeight
 
 OURS = (
@@ -46,14 +46,26 @@ OURS = (
     "gaussian-v4-k256-256",
     "gaussian-v2-k256",
 )
+#: Formats with a codebook per matrix and scales per 128 inputs, as GPTVQ has them, and four-bit integers on the same
+#: code path: (vector length, bits of the code).
+GROUPED = {"int4-g128": (1, 4), "vq1d-k8-g128": (1, 3), "vq2d-k64-g128": (2, 6), "vq2d-k16-g128": (2, 4)}
+GROUPED |= {"vq4d-k256-g128": (4, 8)}
 PEERS = ("TQ2_0", "IQ2_XXS", "IQ2_XS", "Q2_K", "IQ3_XXS", "Q4_0", "Q4_K")
+
+
+def own_layout(name: str, shape: tuple[int, int]) -> Layout:
+    """The layout of one of OURS or GROUPED."""
+    if name not in GROUPED:
+        return layout_of(name, shape)
+    v, bits = GROUPED[name]
+    return Layout(shape, v, (bits,), "row", codebook_dtype="int8", block_scale=BlockScale(128, 0, 8))
 
 
 class Ours:
     """Packed matrices of one codebook."""
 
     def __init__(self, name: str, shape: tuple[int, int], count: int) -> None:
-        layout = layout_of(name, shape)
+        layout = own_layout(name, shape)
         generator = torch.Generator().manual_seed(0)
         self.name, self.bits, self.count = name, layout.bits_per_weight, count
         self.matrices = [pack(VQWeight(layout, random_tensors(layout, generator))) for _ in range(count)]
@@ -160,7 +172,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--shape", nargs="+", default=["4096x4096", "11008x4096"])
-    parser.add_argument("--ours", nargs="*", default=list(OURS))
+    parser.add_argument("--ours", nargs="*", default=[*OURS, *GROUPED])
     parser.add_argument("--peers", nargs="*", default=list(PEERS))
     parser.add_argument("--megabytes", type=int, default=384, help="of different matrices in a round")
     parser.add_argument("--rounds", type=int, default=5)
@@ -198,8 +210,7 @@ def _bits(name: str) -> float:
     if name in BLOCKS:
         size, weights, _ = BLOCKS[name]
         return 8 * size / weights
-    book = codebooks.get(name)
-    return sum(book.stages) / book.vector_length
+    return own_layout(name, (4096, 4096)).bits_per_weight
 
 
 if __name__ == "__main__":

@@ -66,8 +66,11 @@ def random_tensors(layout: Layout, generator: torch.Generator) -> dict[str, Tens
     for name, (dtype, shape) in layout.tensors().items():
         if dtype == torch.int32:
             tensors[name] = torch.randint(-(2**31), 2**31, shape, generator=generator).to(dtype)
+        elif dtype == torch.int8:
+            tensors[name] = torch.randint(-127, 128, shape, generator=generator).to(dtype)
         else:
-            size = -0.5 * float(np.log2(layout.shape[1])) if name == "block_scale_low" else 0.0
+            low = -0.5 * float(np.log2(layout.shape[1]))
+            size = low if name == "block_scale_low" else 0.01 if name.startswith("codebook_scale") else 0.0
             tensors[name] = torch.full(shape, size, dtype=dtype)
     return tensors
 
