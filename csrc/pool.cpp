@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <new>
-#include <system_error>
 
 #if !defined(_WIN32)
 #include <pthread.h>
@@ -25,8 +25,8 @@ class Pool {
     int grow(int wanted) {
         try {
             for (; threads_ < wanted; ++threads_) std::thread([this, rank = threads_ + 1] { serve(rank); }).detach();
-        } catch (const std::system_error&) {
-            // There are no more: those that have started share the work.
+        } catch (const std::exception&) {
+            // No more threads, or no memory for one: those that have started share the work.
         }
         return threads_ < wanted ? threads_ : wanted;
     }
@@ -121,8 +121,8 @@ Helpers::Helpers(int wanted) {
         count_ = pool_->grow(wanted);
         return;
     }
-    own_.reserve(static_cast<size_t>(wanted));
     try {
+        own_.reserve(static_cast<size_t>(wanted));
         while (count_ < wanted) {
             own_.emplace_back([this, rank = count_ + 1] {
                 int begin = 0;
@@ -131,7 +131,7 @@ Helpers::Helpers(int wanted) {
             });
             ++count_;
         }
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {
         // As many as have started.
     }
 }

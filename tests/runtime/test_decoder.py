@@ -107,6 +107,22 @@ def test_every_instruction_set_runs_the_same_model(packed: Callable[[str], Any])
         close(found, wanted, 1e-2)
 
 
+def test_a_window_that_lost_keys_is_read_again(tiny_model: Tiny) -> None:
+    """Of a long prompt a sliding window keeps the last keys; who goes back behind its end starts over."""
+    model, tokens = original(tiny_model("mistral")), ids(60, 3)
+    decoder = NativeDecoder(model, 96)
+    decoder.run(tokens)
+    decoder.run(ids(4, 5))
+    assert decoder.rewind(62) == 62
+    assert decoder.rewind(59) == 0
+    conversation = Conversation(NativeDecoder(model, 96), Sampling())
+    first, second = (list(conversation.answer(tokens.tolist(), 5, ())) for _ in range(2))
+    assert first == second
+    decoder = NativeDecoder(original(tiny_model("llama")), 96)
+    decoder.run(tokens)
+    assert decoder.rewind(59) == 59
+
+
 def test_rewinding_forgets(tiny_model: Tiny) -> None:
     model, tokens = original(tiny_model("llama")), ids(20)
     decoder = NativeDecoder(model, 32)

@@ -125,6 +125,9 @@ def test_what_there_is(server: Server) -> None:
         ({"stop": [1]}, "stop wanted"),
         ({"n": 2}, "n wanted 1"),
         ({"seed": "x"}, "seed wanted"),
+        ({"seed": 1 << 70}, "below 2^63"),
+        ({"stop": 5}, "stop wanted"),
+        ({"temperature": 1e-40}, "temperature wanted 0 or at least 0.001"),
         ({"messages": [{"role": "user", "content": "word " * 300}]}, "the model's context 200"),
     ],
 )
@@ -135,7 +138,14 @@ def test_what_cannot_be_is_said(server: Server, change: dict[str, Any], message:
     assert ask(server, "/v1/chat/completions", CHAT)[0] == 200
 
 
+def test_nulls_are_as_good_as_nothing(server: Server) -> None:
+    nulls = dict.fromkeys(("n", "max_completion_tokens", "stop", "seed", "top_p", "stream"))
+    wanted = ask(server, "/v1/chat/completions", CHAT)[1]["choices"]
+    assert ask(server, "/v1/chat/completions", CHAT | nulls)[1]["choices"] == wanted
+
+
 def test_bodies_that_are_none(server: Server) -> None:
+    assert "no JSON" in ask(server, "/v1/completions", raw=b"[" * 200_000)[1]["error"]["message"]
     assert "no JSON" in ask(server, "/v1/completions", raw=b"{")[1]["error"]["message"]
     assert "JSON object" in ask(server, "/v1/completions", raw=b"[]")[1]["error"]["message"]
     assert "prompt wanted a text" in ask(server, "/v1/completions", {"prompt": 5})[1]["error"]["message"]
@@ -185,6 +195,7 @@ def test_stop_texts_end_an_answer_and_are_not_part_of_it() -> None:
     pieces, completion = complete("one##two###three", stop=("###", "never"))
     assert "".join(pieces) == completion.text == "one##two"
     assert completion.finish == "stop"
+    assert "".join(complete("答用户x", stop=("用户",))[0]) == "答"
     # What might have been the start of a stop text comes once it is none, or at the end.
     assert "".join(complete("ends with ##", stop=("###",))[0]) == "ends with ##"
 

@@ -83,6 +83,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     name = _NAMES.get(sys.platform, "liboctavo_c.so")
     places = [Path(os.environ[LIBRARY])] if os.environ.get(LIBRARY) else [folder / name for folder in _folders()]
     found = [place for place in places if place.is_file()]
+    if not found and os.environ.get(LIBRARY):
+        return None, f"{LIBRARY} names {places[0]}, which is no file."
     if not found:
         return None, f"{name} was not built when Octavo was installed (no working C++ compiler?). {_REMEDY}"
     try:

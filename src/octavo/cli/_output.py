@@ -246,10 +246,11 @@ def with_error(value: float | None, error: float | None, digits: int = 3) -> str
 
 
 def use_threads(count: int | None) -> None:
-    """Limit torch, and the C++ library which follows it, to ``count`` threads."""
+    """Limit torch, and the C++ library, to ``count`` threads, whatever the environment says of the latter."""
     if count is not None:
         import torch
 
+        os.environ.pop("OCTAVO_THREADS", None)
         torch.set_num_threads(count)
 
 

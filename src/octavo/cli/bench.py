@@ -42,6 +42,7 @@ def command(
     with Output(as_json, quiet) as output:
         import torch
 
+        from octavo._core import clib
         from octavo.calibration.products import fast_bfloat16
         from octavo.evaluation import speed
         from octavo.integrations.transformers import load
@@ -49,7 +50,7 @@ def command(
 
         use_threads(threads)
         quiet_libraries()
-        count = torch.get_num_threads()
+        count = clib.threads()
         roof = speed.read_bandwidth(count)
         dtype = torch.bfloat16 if fast_bfloat16() else torch.float32
         loaded = load(model, dtype, decode=decode.value, trust_remote_code=trust_remote_code)[0]

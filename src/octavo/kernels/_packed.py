@@ -36,7 +36,8 @@ class PackedMatrix:
     def __init__(self, weight: VQWeight, handle: ctypes.c_void_p) -> None:
         self.weight, self.handle = weight, handle.value
         self.bias = None if weight.bias is None else weight.bias.float().contiguous()
-        weakref.finalize(self, _library().octavo_matrix_destroy, self.handle)
+        # Not at exit: a thread of a server may be in the library then.
+        weakref.finalize(self, _library().octavo_matrix_destroy, self.handle).atexit = False
 
     def multiply(self, x: Tensor, threads: int | None = None, isa: int = _BEST_ISA) -> Tensor:
         """W x + bias for ``x`` [n, in] float32, contiguous; gives [n, out] float32."""

@@ -103,7 +103,8 @@ class CausalModel:
         stored = {self._sources[name] for name in taken & self._sources.keys()}
         shared = {source for name, source in self._sources.items() if name not in taken}
         # A checkpoint may hold both of two tied tensors; then one of them is nobody's source.
-        return [name for name in self.reader.names() if name not in stored | taken or name in shared]
+        gone = stored | taken
+        return [name for name in self.reader.names() if name not in gone or name in shared]
 
     def model_name(self, stored: str) -> str:
         """The model's name of a checkpoint tensor, under which a new checkpoint has to store it.

@@ -80,5 +80,6 @@ class Ending:
     def _cannot(self) -> UsageError:
         return UsageError(
             f"{self._name}: {type(self._model).__name__} does more between its blocks and its logits than can be run "
-            "apart; Octavo cannot compute gradients for this architecture. Use a method that needs none."
+            "apart. Octavo can neither compute gradients for this architecture (--guided none) nor quantize its head "
+            "(no --head-bits)."
         )

@@ -210,7 +210,7 @@ def quantize(
                     numbers = tokens.ids.numel() * causal.config.get_text_config().hidden_size
                     size += block_options.disk_bytes(numbers, counted=algorithm.needs_hessian)
                 io.require_space(job.out.parent, size, "the job (output and work)")
-                _preflight(causal, the_plan)
+                _preflight(causal, the_plan, tokens)
                 store.create()
         found = Guide()
         if guided != "none" and tokens is not None:
@@ -265,8 +265,12 @@ def _tensors(causal: CausalModel, store: Store) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, tensor) for name, tensor in store.get_tensors(entry["object"]).items() if name not in norms)
 
 
-def _preflight(causal: CausalModel, the_plan: Plan) -> None:
-    """Read every weight once before hours of work: finite, and inside the range of the stored dtypes."""
+def _preflight(causal: CausalModel, the_plan: Plan, tokens: Tokens | None) -> None:
+    """What could fail after hours of work: weights not finite or out of the stored dtypes' range, an unusual ending."""
+    if causal.ends is not None and tokens is not None:
+        few = tokens.ids[:1, :8]
+        with causal.ending(few, causal.capture_inputs([(few, None)]).hidden[0]):
+            pass
     for matrix in the_plan.matrices:
         largest = float(causal.weight(matrix.module).abs().max())
         if matrix.layout.side_dtype == "float16" and largest > torch.finfo(torch.float16).max:

@@ -111,6 +111,8 @@ class NativeDecoder:
         self.capacity = capacity or min(getattr(config, "max_position_embeddings", None) or 4096, 4096)
         self.length = 0
         self.bytes_per_token = 0
+        # Length of a prompt of which some layer has the last keys only.
+        self._windowed = 0
         self._kept: list[Any] = []
         self._vocabulary = model.get_output_embeddings().weight.shape[0]
         decoder = self._decoder(config)
@@ -124,7 +126,8 @@ class NativeDecoder:
                 f"the cache of keys and values for {self.capacity} tokens does not fit into memory; use fewer."
             ) from error
         self._session = handle.value
-        weakref.finalize(self, lib.octavo_session_destroy, self._session)
+        # Not at exit: a thread of a server may be in the library then.
+        weakref.finalize(self, lib.octavo_session_destroy, self._session).atexit = False
 
     # ---------------------------------------------------------------- running
 
@@ -165,11 +168,16 @@ class NativeDecoder:
         lib.octavo_session_times(self._session, ctypes.addressof(whole), ctypes.addressof(linear))
         return whole.value, linear.value
 
-    def rewind(self, length: int) -> None:
-        """Forget all but the first ``length`` tokens."""
+    def rewind(self, length: int) -> int:
+        """Forget all but the first ``length`` tokens, or all: a sliding window may have lost keys that they would see.
+
+        Returns:
+            How many are left.
+        """
         if not 0 <= length <= self.length:
             raise UsageError(f"rewind: length wanted 0..{self.length}, got {length}.")
-        self.length = length
+        self.length = length if length >= self._windowed else 0
+        return self.length
 
     @torch.inference_mode()
     def _read_prompt(self, tokens: Tensor) -> Tensor:
@@ -182,10 +190,12 @@ class NativeDecoder:
             torch.set_num_threads(before)
         lib = clib.library()
         assert lib is not None
+        self._windowed = 0
         for index, layer in enumerate(output.past_key_values.layers):
             keys, values = (x[0].float().contiguous() for x in (layer.keys, layer.values))
             # A sliding window keeps only the last ones; none older is ever looked at.
             first, count = tokens.numel() - keys.shape[1], keys.shape[1]
+            self._windowed = tokens.numel() if first > 0 else self._windowed
             arguments = (index, first, count, keys.data_ptr(), values.data_ptr())
             clib.call(lib.octavo_session_write, self._session, *arguments)
         self.length = tokens.numel()

@@ -92,8 +92,7 @@ class Conversation:
                 break
             common += 1
         # The last token is run again where all were there: its logits are what is wanted.
-        common = min(common, len(ids) - 1, self.decoder.length)
-        self.decoder.rewind(common)
+        common = self.decoder.rewind(min(common, len(ids) - 1, self.decoder.length))
         self._tokens = list(ids[:common])
         logits = self._run(ids[common:])
         for _ in range(limit):

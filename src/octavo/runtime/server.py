@@ -8,6 +8,9 @@ again.
 from __future__ import annotations
 
 import json
+import select
+import socket
+import sys
 import threading
 import time
 import uuid
@@ -24,6 +27,8 @@ from octavo.runtime.generate import Conversation, Sampling
 
 #: Longest request body in bytes.
 MAX_BODY = 16 << 20
+#: Lower temperatures leave the range of float32; 0 takes the likeliest token.
+_COLDEST = 1e-3
 #: Decoded text that ends so may end in half a character.
 _INCOMPLETE = "\ufffd"
 
@@ -125,7 +130,11 @@ class Completion:
         self.text, self.tokens, self.finish = "", 0, ""
 
     def pieces(self) -> Iterator[str]:
-        """The text, as soon as it is certain: neither half a character nor the start of a stop text."""
+        """The text, as soon as it is certain: neither half a character nor the start of a stop text.
+
+        Raises:
+            OctavoError: the engine cannot go on.
+        """
         request, ids, sent = self._request, [], 0
         self.finish = "length"
         for token in self._engine.answer(request.ids, request.limit, self._eos, request.sampling, request.seed):
@@ -148,10 +157,9 @@ class Completion:
             yield self.text[sent:]
 
     def _uncertain(self, text: str) -> int:
-        if text.endswith(_INCOMPLETE):
-            return len(text) - len(text.rstrip(_INCOMPLETE))
-        starts = (n for stop in self._request.stop for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n]))
-        return max(starts, default=0)
+        whole = text.rstrip(_INCOMPLETE)
+        starts = (n for stop in self._request.stop for n in range(len(stop) - 1, 0, -1) if whole.endswith(stop[:n]))
+        return len(text) - len(whole) + max(starts, default=0)
 
 
 class Server(ThreadingHTTPServer):
@@ -180,25 +188,32 @@ class Server(ThreadingHTTPServer):
         self.turn = threading.Lock()
         super().__init__(address, _Handler)
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has gone is nobody's error; anything else is printed."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
     def request(self, body: dict[str, Any], chat: bool) -> Request:
         """What a JSON body asks for.
 
         Raises:
             UsageError: values that are missing, wrong or not supported, or a prompt that leaves no room.
         """
-        if body.get("n", 1) != 1:
+        if body.get("n") not in (None, 1):
             raise UsageError("n wanted 1: there is one answer to a request.")
         ids = self._chat(body) if chat else self._prompt(body)
+        if not ids:
+            raise UsageError("the prompt is empty.")
         room = self.engine.capacity - len(ids)
         if room < 1:
             raise UsageError(f"the prompt has {len(ids)} tokens, the model's context {self.engine.capacity}.")
-        limit = body.get("max_completion_tokens", body.get("max_tokens"))
-        limit = self.limit if limit is None else limit
+        asked = (body.get("max_completion_tokens"), body.get("max_tokens"), self.limit)
+        limit = next(number for number in asked if number is not None)
         if type(limit) is not int or limit < 1:
             raise UsageError(f"max_tokens wanted a whole number from 1 on, got {limit!r}.")
         stop = body.get("stop") or ()
         stop = (stop,) if isinstance(stop, str) else stop
-        if not all(isinstance(text, str) and text for text in stop):
+        if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
             raise UsageError(f"stop wanted a text or a list of texts, got {stop!r}.")
         numbers = {key: body.get(key) for key in ("temperature", "top_p", "repetition_penalty")}
         given = {key: value for key, value in numbers.items() if value is not None}
@@ -208,8 +223,10 @@ class Server(ThreadingHTTPServer):
         seed = body.get("seed")
         if seed is None:
             seed = time.time_ns() & 0x7FFFFFFF
-        if type(seed) is not int:
-            raise UsageError(f"seed wanted a whole number, got {seed!r}.")
+        if type(seed) is not int or not 0 <= seed < 1 << 63:
+            raise UsageError(f"seed wanted a whole number from 0 on, below 2^63, got {seed!r}.")
+        if 0 < given.get("temperature", 1.0) < _COLDEST:
+            raise UsageError(f"temperature wanted 0 or at least {_COLDEST}, got {given['temperature']!r}.")
         sampling = Sampling(**{"temperature": 1.0, **given})
         return Request(ids=ids, limit=min(limit, room), sampling=sampling, seed=seed, stop=tuple(stop))
 
@@ -246,6 +263,10 @@ class Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
+    #: Seconds that a client may neither send nor read: it must not keep the others waiting.
+    timeout = 60
+    # Pieces are to be seen as they come.
+    disable_nagle_algorithm = True
     #: Path -> the kind of object in an answer, and whether its prompt is a conversation.
     _COMPLETIONS: ClassVar[dict[str, tuple[str, bool]]] = {
         "/v1/chat/completions": ("chat.completion", True),
@@ -253,6 +274,9 @@ class _Handler(BaseHTTPRequestHandler):
     }
 
     def do_GET(self) -> None:
+        if self.headers.get("Content-Length", "0") != "0":
+            # A body that nobody reads would be taken for the next request.
+            self.close_connection = True
         path = self.path.split("?")[0].rstrip("/")
         if path == "/health":
             return self._json(200, {"status": "ok", "engine": self.server.engine.name})
@@ -275,6 +299,9 @@ class _Handler(BaseHTTPRequestHandler):
         except UsageError as error:
             return self._error(400, str(error))
         with self.server.turn:
+            if self._gone():
+                self.close_connection = True
+                return None
             completion = Completion(self.server.engine, self.server.tokenizer, self.server.eos, request)
             identity = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.server.name}
             try:
@@ -310,19 +337,25 @@ class _Handler(BaseHTTPRequestHandler):
             for piece in completion.pieces():
                 send(piece)
             send("", completion.finish)
-            self.wfile.write(b"data: [DONE]\n\n")
-        except OSError:
-            # Nobody is listening any more; the rest of the answer is not worth making.
-            return
+        except OctavoError as error:
+            # It is too late for another status.
+            data = json.dumps({"error": {"message": str(error), "type": "server_error"}}, ensure_ascii=False)
+            self.wfile.write(f"data: {data}\n\n".encode())
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def _gone(self) -> bool:
+        """Whether the client has closed the connection while it waited."""
+        readable = select.select([self.connection], [], [], 0)[0]
+        return bool(readable) and self.connection.recv(1, socket.MSG_PEEK) == b""
 
     def _body(self) -> dict[str, Any]:
         length = self.headers.get("Content-Length", "")
-        if not length.isascii() or not length.isdecimal() or int(length) > MAX_BODY:
+        if not length.isascii() or not length.isdecimal() or len(length) > 9 or int(length) > MAX_BODY:
             self.close_connection = True
-            raise UsageError(f"Content-Length wanted 0..{MAX_BODY}, got {length!r}.")
+            raise UsageError(f"Content-Length wanted 0..{MAX_BODY}, got {length[:20]!r}.")
         try:
             body = json.loads(self.rfile.read(int(length)))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"the body is no JSON: {error}.") from error
         if not isinstance(body, dict):
             raise UsageError(f"the body wanted a JSON object, got {type(body).__name__}.")
@@ -333,6 +366,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json; charset=utf-8")
         self.send_header("Content-Length", str(len(data)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(data)
 
