@@ -84,7 +84,9 @@ def test_any_leading_shape_is_kept(weight: VQWeight, shape: tuple[int, ...]) -> 
 
 def test_strided_input_is_fine(weight: VQWeight) -> None:
     x = torch.randn(12, 5).t()
-    torch.testing.assert_close(VQLinear.from_weight(weight)(x), VQLinear.from_weight(weight)(x.contiguous()))
+    # Products of matrices that lie otherwise in memory are rounded otherwise.
+    wanted = VQLinear.from_weight(weight)(x.contiguous())
+    torch.testing.assert_close(VQLinear.from_weight(weight)(x), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_reach_the_input_and_nothing_else(weight: VQWeight) -> None:

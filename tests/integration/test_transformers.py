@@ -425,17 +425,19 @@ def test_config_of_another_model_is_refused(fmt_llama: tuple[Path, Any], change:
 def test_a_quantized_head_that_the_config_ties_is_refused(fmt_original: Callable[[str], Path], tmp_path: Path) -> None:
     head = random_weight(replace(STYLES[3], shape=(VOCABULARY, 32)), 9)
     quantize(fmt_original("llama"), tmp_path / "tied", change=lambda weights: weights.update(lm_head=head))
-    with pytest.raises(FormatError, match="lm_head is quantized but config.json ties it"):
+    with pytest.raises(FormatError, match="lm_head is the embedding as well, whose rows cannot be looked up"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
     edit_json(tmp_path / "tied" / "config.json", lambda config: config.update(tie_word_embeddings=False))
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
     assert torch.equal(model.lm_head.vq_weight().dequantize(), head.dequantize())
 
 
-def test_matrix_in_place_of_an_embedding_is_refused(fmt_original: Callable[[str], Path], tmp_path: Path) -> None:
+def test_matrix_without_rows_in_place_of_an_embedding_is_refused(
+    fmt_original: Callable[[str], Path], tmp_path: Path
+) -> None:
     fake = {"model.embed_tokens": random_weight(replace(STYLES[3], shape=(VOCABULARY, 32)), 9)}
     quantize(fmt_original("qwen2"), tmp_path / "out", change=lambda weights: weights.update(fake))
-    with pytest.raises(FormatError, match=r"embed_tokens is a \w*Embedding in Qwen2ForCausalLM; a linear layer"):
+    with pytest.raises(FormatError, match="embed_tokens is an embedding, whose rows cannot be looked up"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 

@@ -95,7 +95,7 @@ def test_the_stated_distortion_is_that_of_fresh_gaussian_vectors(name: str) -> N
     book = codebooks.get(name)
     count = 400 if max(book.stages) == 16 or len(book.stages) > 1 else 4000
     found = _squared_errors(book, np.random.default_rng().standard_normal((count, book.vector_length)))
-    assert abs(found.mean() - book.distortion) <= 4 * found.std() / math.sqrt(count)
+    assert abs(found.mean() - book.distortion) <= 5 * found.std() / math.sqrt(count)
     assert 2 ** (-2 * book.bits) < book.distortion
 
 
