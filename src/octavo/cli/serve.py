@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -46,7 +47,7 @@ def command(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer OpenAI's chat and text completions over HTTP until Ctrl-C; requests wait for each other.
+    """Answer OpenAI's chat and text completions over HTTP until Ctrl-C or SIGTERM; requests wait for each other.
 
     There is no password: whoever reaches the address can ask.
     """
@@ -66,5 +67,7 @@ def command(
         url = f"http://{host}:{server.server_address[1]}/v1"
         output.document({"model": name, "engine": engine.name, "url": url, "context": engine.capacity})
         output.say(f"{name} listens on {url} ({engine.name}, {engine.capacity} tokens of context); Ctrl-C ends it")
+        # What service managers send; an interrupt is ignored where the shell had it so.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with server, suppress(KeyboardInterrupt):
             server.serve_forever()
