@@ -64,17 +64,21 @@ def own_layout(name: str, shape: tuple[int, int]) -> Layout:
 class Ours:
     """Packed matrices of one codebook."""
 
-    def __init__(self, name: str, shape: tuple[int, int], count: int) -> None:
+    def __init__(self, vectors: int, isa: int, name: str, shape: tuple[int, int], count: int) -> None:
+        self.vectors, self.isa = vectors, isa
         layout = own_layout(name, shape)
         generator = torch.Generator().manual_seed(0)
         self.name, self.bits, self.count = name, layout.bits_per_weight, count
         self.matrices = [pack(VQWeight(layout, random_tensors(layout, generator))) for _ in range(count)]
-        self.x = torch.randn(1, shape[1], generator=generator)
+        self.x = torch.randn(vectors, shape[1], generator=generator)
 
     def round(self, threads: int) -> None:
         """Multiply by every matrix once."""
         for matrix in self.matrices:
-            matrix.multiply(self.x, threads)
+            if self.vectors > 1:
+                matrix.many(self.x, threads)
+            else:
+                matrix.multiply(self.x, threads, self.isa)
 
     def close(self) -> None:
         """Give the memory back."""
@@ -176,7 +180,11 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=list(PEERS))
     parser.add_argument("--megabytes", type=int, default=384, help="of different matrices in a round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--vectors", type=int, default=1, help="prompts: so many at once, in bytes; without --peers")
+    parser.add_argument("--isa", type=int, default=0, help="of ours: 1 baseline, 2 AVX2, 3 AVX-512, 4 VBMI, 0 the best")
     arguments = parser.parse_args()
+    if arguments.vectors > 1 and arguments.peers:
+        parser.error("--vectors is for ours alone: give --peers without names")
     library = ggml() if arguments.peers else None
     roofs = {threads: read_bandwidth(threads) for threads in arguments.threads}
     rows: list[dict[str, Any]] = []
@@ -185,7 +193,10 @@ def main() -> None:
         # One of ours and one of the peers at a time, so that both see the same state of the machine.
         for names in zip_longest(arguments.ours, arguments.peers):
             runners: list[Any] = []
-            for make, name in ((Ours, names[0]), (partial(Peer, library), names[1])):
+            for make, name in (
+                (partial(Ours, arguments.vectors, arguments.isa), names[0]),
+                (partial(Peer, library), names[1]),
+            ):
                 if name:
                     count = int(arguments.megabytes * 8e6 / (_bits(name) * shape[0] * shape[1]))
                     runners.append(make(name, shape, max(count, 2)))

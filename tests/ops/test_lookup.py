@@ -49,6 +49,21 @@ def row_layout(shape: tuple[int, int], v: int, stages: Sequence[int], block: int
     )
 
 
+def universal_layout(name: str, shape: tuple[int, int], *, bias: bool = False) -> Layout:
+    book = codebooks.get(name)
+    return Layout(
+        shape,
+        book.vector_length,
+        book.stages,
+        direction="row",
+        codebook_dtype="universal",
+        codebook=book.name,
+        block_scale=BlockScale(shape[1], 0, 8),
+        bias=bias,
+        transform=Transform(64),
+    )
+
+
 @pytest.mark.parametrize("stages", STAGES)
 @pytest.mark.parametrize("v", [1, 2, 4, 8])
 def test_products_are_those_of_the_decoded_matrix(v: int, stages: tuple[int, ...]) -> None:
@@ -80,17 +95,7 @@ def test_every_element_of_the_output_is_written() -> None:
 
 @pytest.mark.parametrize("name", [n for n in codebooks.names() if "signs" not in n and "k4096" not in n])
 def test_universal_codebooks_run_packed(name: str) -> None:
-    book = codebooks.get(name)
-    layout = Layout(
-        (192, 576),
-        book.vector_length,
-        book.stages,
-        direction="row",
-        codebook_dtype="universal",
-        codebook=name,
-        block_scale=BlockScale(576, 0, 8),
-        transform=Transform(64),
-    )
+    layout = universal_layout(name, (192, 576))
     weight, x = random_weight(layout, scale=0.1), torch.randn(1, 576)
     assert error(pack(weight).multiply(x), multiplied(weight, x)) < LIMIT
 
@@ -121,28 +126,13 @@ def test_prompts_are_multiplied_as_decoded_rows(dtype: torch.dtype, monkeypatch:
     assert error(y, multiplied(weight, x)) < limit
 
 
-def prompt_layout(name: str, shape: tuple[int, int], *, bias: bool = False) -> Layout:
-    book = codebooks.get(f"gaussian-{name}")
-    return Layout(
-        shape,
-        book.vector_length,
-        book.stages,
-        direction="row",
-        codebook_dtype="universal",
-        codebook=book.name,
-        block_scale=BlockScale(shape[1], 0, 8),
-        bias=bias,
-        transform=Transform(64),
-    )
-
-
 @pytest.mark.skipif(not isas() or isas()[-1] < 4, reason="the processor has no AVX-512 VBMI and VNNI")
 @pytest.mark.parametrize("name", ["v8-k256", "v8-k256-16", "v8-k256-256", "v8-k256-256-256", "v4-k256", "v4-k256-256"])
 def test_prompts_in_bytes_lose_a_hundredth(name: str) -> None:
     """Rows that fill no tile, groups of inputs that are not full, every number of vectors at once, biases."""
     generator = torch.Generator().manual_seed(2)
     for shape in ((130, 1536), (64, 192), (5, 64), (33, 320)):
-        weight = random_weight(prompt_layout(name, shape, bias=shape[0] > 1), scale=0.1)
+        weight = random_weight(universal_layout(f"gaussian-{name}", shape, bias=shape[0] > 1), scale=0.1)
         matrix = pack(weight)
         assert matrix.has_many
         for n in (1, 2, 3, 5, 20):
@@ -157,7 +147,7 @@ def test_prompts_in_bytes_lose_a_hundredth(name: str) -> None:
 def test_prompts_in_bytes_write_every_element_and_keep_bad_inputs_apart() -> None:
     lib = clib.library()
     assert lib is not None
-    weight = random_weight(prompt_layout("v8-k256-256", (70, 256)), scale=0.1)
+    weight = random_weight(universal_layout("gaussian-v8-k256-256", (70, 256)), scale=0.1)
     matrix, x = pack(weight), torch.randn(5, 256)
     x[1, 3], x[3, 200], x[4] = math.nan, math.inf, 0.0
     y = torch.full((5, 70), math.nan)
@@ -170,7 +160,7 @@ def test_prompts_in_bytes_write_every_element_and_keep_bad_inputs_apart() -> Non
 
 
 def test_only_bfloat16_with_a_transform_is_rounded_to_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = random_weight(prompt_layout("v8-k256-256", (70, 256)), scale=0.1)
+    weight = random_weight(universal_layout("gaussian-v8-k256-256", (70, 256)), scale=0.1)
     plain = VQWeight(
         replace(weight.layout, transform=None), {k: t for k, t in weight.tensors.items() if k != "input_signs"}
     )

@@ -55,11 +55,9 @@ class Original(CausalModel):
                 return f"it has no linear layer {name}"
             if shape != layout.shape:
                 return f"its {name} is {list(shape)}, in {student.name} {list(layout.shape)}"
-        # Embeddings and heads are copied by quantization, unless it quantizes them, and not tuned: they must be equal.
-        reader, taken = (
-            CheckpointReader(student.folder),
-            {self._sources.get(f"{name}.weight") for name in config.layouts},
-        )
+        # Embeddings and heads that were not quantized were copied, and are not tuned: they must be equal.
+        reader = CheckpointReader(student.folder)
+        taken = {self._sources.get(f"{name}.weight") for name in config.layouts}
         ends = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
         for name, module in self._model.named_modules():
             stored = self._sources.get(f"{name}.weight")

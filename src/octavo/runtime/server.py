@@ -56,8 +56,8 @@ class Native:
 
     name = "native decoder"
 
-    def __init__(self, model: Any, capacity: int | None = None, threads: int | None = None) -> None:
-        self._talk = Conversation(NativeDecoder(model, capacity, threads), Sampling())
+    def __init__(self, model: Any, capacity: int | None = None) -> None:
+        self._talk = Conversation(NativeDecoder(model, capacity), Sampling())
         self.capacity = self._talk.decoder.capacity
 
     def answer(
@@ -93,10 +93,10 @@ class Transformers:
             news = torch.tensor([[token]], device=self._model.device)
 
 
-def engine_for(model: Any, capacity: int | None = None, threads: int | None = None) -> Engine:
+def engine_for(model: Any, capacity: int | None = None) -> Engine:
     """The fastest engine that runs a loaded model."""
     reason = why_not(model)
-    return Transformers(model, reason, capacity) if reason else Native(model, capacity, threads)
+    return Transformers(model, reason, capacity) if reason else Native(model, capacity)
 
 
 @dataclass(frozen=True, kw_only=True)
