@@ -133,14 +133,16 @@ def test_fewer_tokens_than_inputs_are_warned_of_with_both_numbers(tiny_llama: Pa
     """Fault 5."""
     (warning,) = plan(tiny_llama, method="gptq", bits=3, samples=2, ctx=32).warnings
     assert "64 calibration tokens are fewer than the widest layer's 128 inputs" in warning
-    assert plan(tiny_llama, method="gptq", bits=3, samples=4, ctx=32).warnings == ()
+    (warning,) = plan(tiny_llama, method="gptq", bits=3, samples=15, ctx=32).warnings
+    assert "480 calibration tokens are fewer than 4 for each of the widest layer's 128 inputs" in warning
+    assert plan(tiny_llama, method="gptq", bits=3, samples=16, ctx=32).warnings == ()
     assert plan(tiny_llama, method="rtn", bits=3, samples=2, ctx=32).warnings == ()
 
 
 def test_bits_that_small_matrices_cannot_reach_are_warned_of(tiny_llama: Path) -> None:
     """Fault 14: true bits, codebooks included, stand beside those asked for."""
     options = {"vector_length": 16, "centroids": 4096}
-    found = plan(tiny_llama, method="vptq", bits=3, options=options, samples=8, ctx=32)
+    found = plan(tiny_llama, method="vptq", bits=3, options=options, samples=16, ctx=32)
     assert found.bits_per_weight > 3
     (warning,) = found.warnings
     assert f"too small for 3 bits per weight with these options: {found.bits_per_weight:.3f} in all" in warning

@@ -19,6 +19,7 @@ from octavo.math.hessian import (
     proxy_loss,
 )
 from oracle import feedback as oracle
+from oracle import shrinkage as shrinkage_oracle
 from oracle.matrices import activations, families, family, normal_weight, second_moment
 
 _USABLE = [name for name in families() if family(name).hessian.shape[0] > 1]
@@ -137,6 +138,83 @@ def test_no_tokens_give_zeros_not_nan() -> None:
     accumulator = HessianAccumulator(5)
     accumulator.check("expert")
     assert torch.equal(accumulator.matrix(), torch.zeros(5, 5))
+
+
+# ---------------------------------------------------------------- shrinkage
+
+
+@pytest.mark.parametrize("width", [6, 1030])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_shrinkage_is_variance_between_pieces_over_squares(width: int, weighted: bool) -> None:
+    # More inputs than a tile has take the products apart; the oracle sees the six that differ from 0.
+    rng = np.random.default_rng(2)
+    x = np.zeros((2048, width))
+    places = np.sort(rng.choice(width, 6, replace=False))
+    x[:, places] = rng.standard_normal((2048, 6)) @ rng.standard_normal((6, 6))
+    s = rng.random(2048) ** 4 if weighted else np.ones(2048)
+    accumulator = HessianAccumulator(width)
+    for part in (slice(0, 700), slice(700, 1724), slice(1724, 2048)):
+        accumulator.add(torch.from_numpy(x[part]), torch.from_numpy(s[part]) if weighted else None)
+    cuts = (700, 1724)
+    wanted = shrinkage_oracle.shrinkage(np.split(x[:, places], cuts), np.split(s, cuts))
+    assert accumulator.shrinkage() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_pieces_have_about_a_thousand_tokens_however_they_arrive(x: Tensor) -> None:
+    rows = x.repeat(5, 1)[:2048] * torch.rand(2048, 1)
+    whole, parts = HessianAccumulator(48), HessianAccumulator(48)
+    whole.add(rows)
+    parts.add(rows[:1024])
+    parts.add(rows[:0])
+    parts.add(rows[1024:])
+    assert 0 < whole.shrinkage() == parts.shrinkage() < 1
+
+
+def test_for_independent_tokens_shrinkage_is_what_ledoit_and_wolf_say() -> None:
+    """E of the variance of H_ij is (H_ii H_jj + H_ij^2) / n for Gaussian tokens."""
+    width, pieces = 64, 24
+    mix = torch.randn(width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    mix[:, 0] *= 4
+    truth = mix @ mix.T
+    accumulator = HessianAccumulator(width)
+    for seed in range(pieces):
+        accumulator.add(torch.randn(1024, width, generator=torch.Generator().manual_seed(seed)) @ mix.T.float())
+    off = ~torch.eye(width, dtype=torch.bool)
+    diagonal = truth.diagonal()
+    variance = (diagonal[:, None] * diagonal + truth.square())[off].sum() / (1024 * pieces)
+    assert accumulator.shrinkage() == pytest.approx(float(variance / truth[off].square().sum()), rel=0.1)
+
+
+def test_a_shrunk_hessian_keeps_its_diagonal_and_is_nearer_to_the_truth(x: Tensor) -> None:
+    mix = torch.randn(48, 48, generator=torch.Generator().manual_seed(4))
+    accumulator = HessianAccumulator(48)
+    for seed in range(3):
+        # Every row stands for 64 tokens: neighbours are alike.
+        rows = torch.randn(16, 48, generator=torch.Generator().manual_seed(seed)).repeat_interleave(64, 0)
+        accumulator.add(rows @ mix.T)
+    plain, share = accumulator.matrix(), accumulator.shrinkage()
+    assert 0.1 < share < 0.5
+    for factor in (0.5, 1.0, 2.0):
+        shrunk = accumulator.matrix(factor)
+        assert torch.equal(shrunk.diagonal(), plain.diagonal())
+        wanted = (1 - factor * share) * plain + factor * share * torch.diag(plain.diagonal())
+        torch.testing.assert_close(shrunk, wanted)
+    assert torch.equal(accumulator.matrix(1000.0), torch.diag(plain.diagonal()))
+    truth = mix @ mix.T
+    assert float((accumulator.matrix(1.0) - truth).norm()) < 0.95 * float((plain - truth).norm())
+
+
+def test_shrinkage_of_too_little_or_nothing_is_none(x: Tensor) -> None:
+    accumulator = HessianAccumulator(48)
+    assert accumulator.shrinkage() == 0
+    accumulator.add(x)
+    assert accumulator.shrinkage() == 0
+    silent, diagonal = HessianAccumulator(48), HessianAccumulator(1)
+    for part in x.split(100):
+        silent.add(torch.zeros_like(part))
+        diagonal.add(part[:, :1])
+    assert silent.shrinkage() == diagonal.shrinkage() == 0
+    assert torch.equal(silent.matrix(2.0), torch.zeros(48, 48))
 
 
 def test_the_tf32_setting_is_restored_even_after_an_error() -> None:

@@ -53,10 +53,13 @@ class Algorithm(ABC):
     Attributes:
         bits: the size asked for, in bits per weight; what it counts is said by each method.
         side_dtype: stored dtype of scales, offsets and biases.
+        shrink: how far second moments are drawn towards their diagonal, as a multiple of the share of chance in them
+            (:meth:`octavo.math.hessian.HessianAccumulator.shrinkage`); 0 takes them as they were seen.
     """
 
     bits: float = 2.25
     side_dtype: SideDtype = "float16"
+    shrink: float = 0.0
 
     name: ClassVar[str]
     #: Whether the method uses second-order statistics; those that do not need no calibration text.
@@ -86,6 +89,10 @@ class Algorithm(ABC):
             raise UsageError(f"{self.name}: bits wanted {MIN_BITS}..{MAX_BITS}, got {self.bits}")
         if self.side_dtype not in ("float16", "bfloat16", "float32"):
             raise UsageError(f"{self.name}: side_dtype wanted float16, bfloat16 or float32, got {self.side_dtype!r}")
+        if not (isinstance(self.shrink, int | float) and 0 <= self.shrink < math.inf):
+            raise UsageError(f"{self.name}: shrink wanted a number >= 0, got {self.shrink!r}")
+        if self.shrink and not self.needs_hessian:
+            raise UsageError(f"{self.name}: there are no second moments to shrink; leave shrink out")
 
     def layout(self, shape: tuple[int, int], bias: bool = False) -> Layout:
         """The layout that a matrix of this shape (out, in) gets if it is the only one.

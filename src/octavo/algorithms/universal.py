@@ -65,6 +65,8 @@ class Universal(Algorithm):
     name: ClassVar[str] = "universal"
     guided: ClassVar[Literal["none", "weights", "bits", "both"]] = "both"
 
+    #: Twice the share: inverses, which feedback works with, want more than H itself (docs/quality.md).
+    shrink: float = 2.0
     codebook: str | None = None
     direction: Direction = "row"
     transform: Sides = "input"

@@ -56,6 +56,8 @@ class BlockWalk(Reporter):
         self.clock = Clock()
         #: How far targets make up for what earlier blocks lost, and what enters the next block in the original model.
         self.catch_up = 0.0
+        #: How far second moments are drawn towards their diagonal.
+        self.shrink = 0.0
         self.originals: list[Tensor] = []
 
     def guide(
@@ -311,7 +313,7 @@ class BlockWalk(Reporter):
                 decoded = weight.dequantize()
                 causal.set_weight(block, name, decoded, weight.bias)
                 if rows[position].error is not None and captured is not None:
-                    hessian = captured.hessians[name.removeprefix(prefix)].matrix()
+                    hessian = captured.hessians[name.removeprefix(prefix)].matrix(self.shrink)
                     error = proxy_loss(causal.weight(name), decoded, hessian)
                     rows[position] = replace(rows[position], error=error)
         return tuned.weights, rows, tuned.norms, report
@@ -330,4 +332,4 @@ class BlockWalk(Reporter):
         if accumulator.tokens == 0:
             self.note(f"{name}: no calibration token reached it; quantized without statistics")
             return None
-        return accumulator.matrix()
+        return accumulator.matrix(self.shrink)

@@ -232,7 +232,7 @@ class _Collector:
         """Turn the statistics of a block into importances."""
         for name, hessian in self._hessians.items():
             # The sum over tokens per calibration token: experts that few tokens reach matter little.
-            total = hessian.matrix() * (hessian.tokens / self._tokens)
+            total = hessian.matrix(self._algorithm.shrink) * (hessian.tokens / self._tokens)
             weight = self._causal.weight(name)
             # The same numbers as when it is quantized: transforms draw the same signs.
             shape = (weight.shape[0], weight.shape[1])

@@ -27,6 +27,8 @@ from octavo.pipeline.guide import Sensitivity, check_guided, find
 from octavo.pipeline.head import head_layouts
 from octavo.pipeline.output import Contents
 
+#: With fewer, the widest layers lose a tenth and more against plenty of text (docs/quality.md).
+_TOKENS_PER_INPUT = 4
 AUTO, DEFAULT_BITS = "auto", 2.25
 #: How often bits are lowered until the headers fit as well.
 _ATTEMPTS = 4
@@ -410,6 +412,11 @@ def _warnings(model: CausalModel, matrices: Sequence[Matrix], algorithm: Algorit
         notes.append(
             f"{tokens} calibration tokens are fewer than the widest layer's {widest} inputs: its Hessian is rank "
             "deficient and leans on damping; raise --samples or --ctx"
+        )
+    elif algorithm.needs_hessian and tokens < _TOKENS_PER_INPUT * widest:
+        notes.append(
+            f"{tokens} calibration tokens are fewer than {_TOKENS_PER_INPUT} for each of the widest layer's {widest} "
+            "inputs: codes would partly fit what is chance in them; raise --samples or --ctx"
         )
     return notes
 

@@ -175,6 +175,7 @@ def quantize(
                 job.note(warning)
             if os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"):
                 job.note("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set: on a GPU it makes products inexact; unset it")
+            job.shrink = algorithm.shrink
             job.catch_up = algorithm.catch_up if catch_up is None else catch_up
             needs_text = algorithm.needs_hessian or guided != "none" or block_options is not None
             tokens = calibration(causal, str(calib), samples, ctx, seed) if needs_text else None
