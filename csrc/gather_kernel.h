@@ -42,7 +42,7 @@ template <int V>
 struct Plain {
     static void columns(const Gather& g, const float* x, int64_t first, int64_t last, float* sums) {
         for (int64_t r = first; r < last; ++r) {
-            float total[V] = {}, vector[V];
+            float total[V] = {}, vector[V] = {};
             for (int64_t i = 0; i < g.vectors; ++i) {
                 decode_vector<V>(g, r * g.vectors + i, vector);
                 for (int j = 0; j < V; ++j) total[j] += x[i] * vector[j];
@@ -52,7 +52,7 @@ struct Plain {
     }
     static void rows(const Gather& g, const float* x, int64_t first, int64_t last, float* y) {
         for (int64_t r = first; r < last; ++r) {
-            float total[V] = {}, vector[V];
+            float total[V] = {}, vector[V] = {};
             for (int64_t i = 0; i < g.vectors; ++i) {
                 decode_vector<V>(g, r * g.vectors + i, vector);
                 for (int j = 0; j < V; ++j) total[j] += x[i * V + j] * vector[j];
@@ -64,23 +64,27 @@ struct Plain {
 
 #if defined(__AVX2__)
 
-// Books of vectors of eight, by how they are kept.
+// Books of vectors of eight, by how they are kept. unit() times an entry is the centroid.
 struct FloatBook {
     const float* at;
     explicit FloatBook(const GatherStage& stage) : at(stage.book) {}
+    float unit() const { return 1.0f; }
     __m256 operator[](int64_t entry) const { return _mm256_loadu_ps(at + 8 * entry); }
 };
 struct HalfBook {
     const uint16_t* at;
     explicit HalfBook(const GatherStage& stage) : at(stage.half_book) {}
+    float unit() const { return 1.0f; }
     __m256 operator[](int64_t entry) const {
         return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at + 8 * entry)));
     }
 };
 struct ByteBook {
     const int8_t* at;
-    explicit ByteBook(const GatherStage& stage) : at(stage.byte_book) {}
-    // In steps of byte_step.
+    float step;
+    explicit ByteBook(const GatherStage& stage) : at(stage.byte_book), step(stage.byte_step) {}
+    float unit() const { return step; }
+    // In units.
     __m256 operator[](int64_t entry) const {
         const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + 8 * entry));
         return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
@@ -122,12 +126,36 @@ struct Eight {
         if (stage.narrow != nullptr) return sum(book, stage.narrow + from, n, factor);
         return sum(book, stage.wide + from, n, factor);
     }
-    // All stages of a vector row, one after the other.
+    // The first two stages at once, VPTQ's large book and its residual: the look-ups of the one hide behind those of the
+    // other.
+    template <class Book, class Factor>
+    static __m256 pair(const Gather& g, int64_t from, const Factor& factor) {
+        const Book large(g.stage[0]);
+        const FloatBook residual(g.stage[1]);
+        const uint16_t* const codes = g.stage[0].wide + from;
+        const uint8_t* const residuals = g.stage[1].narrow + from;
+        const __m256 unit = _mm256_set1_ps(large.unit());
+        const auto vector = [&](int64_t i) { return _mm256_fmadd_ps(large[codes[i]], unit, residual[residuals[i]]); };
+        __m256 part[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+        int64_t i = 0;
+        for (; i + 4 <= g.vectors; i += 4)
+            for (int u = 0; u < 4; ++u) part[u] = _mm256_fmadd_ps(factor[i + u], vector(i + u), part[u]);
+        for (; i < g.vectors; ++i) part[0] = _mm256_fmadd_ps(factor[i], vector(i), part[0]);
+        return _mm256_add_ps(_mm256_add_ps(part[0], part[1]), _mm256_add_ps(part[2], part[3]));
+    }
+    // All stages of a vector row, one after the other unless they are a pair.
     template <class Factor>
     static __m256 total(const Gather& g, int64_t row, const Factor& factor) {
         __m256 found = _mm256_setzero_ps();
         const int64_t from = row * g.vectors;
-        for (int s = 0; s < g.stages; ++s) {
+        int first = 0;
+        if (g.stages > 1 && g.stage[0].wide != nullptr && g.stage[1].narrow != nullptr && g.stage[1].book != nullptr) {
+            found = g.stage[0].book != nullptr        ? pair<FloatBook>(g, from, factor)
+                    : g.stage[0].half_book != nullptr ? pair<HalfBook>(g, from, factor)
+                                                      : pair<ByteBook>(g, from, factor);
+            first = 2;
+        }
+        for (int s = first; s < g.stages; ++s) {
             const GatherStage& stage = g.stage[s];
             if (stage.book != nullptr) {
                 found = _mm256_add_ps(found, sum<FloatBook>(stage, from, g.vectors, factor));

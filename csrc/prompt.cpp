@@ -25,6 +25,7 @@ void PromptBook::load(const LookUp& m, float largest) {
     view.unit = static_cast<float>(1 << kFractionBits) / scale;
 }
 
+#if defined(OCTAVO_X86)
 void multiply_many(const Matrix& matrix, const LookUp& m, const PromptBooks& books, const float* x, int64_t n,
                    int threads, float* y) {
     PromptInputs inputs = {n, m.padded_in, (m.padded_in + kGroup - 1) / kGroup, nullptr, nullptr, nullptr};
@@ -53,5 +54,9 @@ void multiply_many(const Matrix& matrix, const LookUp& m, const PromptBooks& boo
             prompt_tile_vbmi(m, books, tile, inputs, bias, matrix.out, mine, y);
     });
 }
+#else
+// Never called: there is no kernel for this processor, and has_many() says so.
+void multiply_many(const Matrix&, const LookUp&, const PromptBooks&, const float*, int64_t, int, float*) {}
+#endif
 
 }  // namespace octavo

@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Ggml
 from synthetic import BLOCKS, layout_of, random_tensors
+from vptq_package import Published
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quality"))
 from table import machine
 
 from octavo._core.io import write_json
 from octavo.evaluation.speed import read_bandwidth
-from octavo.kernels.lookup import pack
+from octavo.kernels import gather, lookup
 from octavo.layout import BlockScale, Layout
 from octavo.weight import VQWeight
 
@@ -50,11 +51,15 @@ OURS = (
 #: code path: (vector length, bits of the code).
 GROUPED = {"int4-g128": (1, 4), "vq1d-k8-g128": (1, 3), "vq2d-k64-g128": (2, 6), "vq2d-k16-g128": (2, 4)}
 GROUPED |= {"vq4d-k256-g128": (4, 8)}
+#: What the published VPTQ files have: (bits of the code, bits of the residual's).
+VPTQ = {"vptq-v8-k65536": (16,), "vptq-v8-k65536-256": (16, 8)}
 PEERS = ("TQ2_0", "IQ2_XXS", "IQ2_XS", "Q2_K", "IQ3_XXS", "Q4_0", "Q4_K")
 
 
 def own_layout(name: str, shape: tuple[int, int]) -> Layout:
-    """The layout of one of OURS or GROUPED."""
+    """The layout of one of OURS, GROUPED or VPTQ."""
+    if name in VPTQ:
+        return Layout(shape, 8, VPTQ[name], "column", channel_norm="input", permuted=True)
     if name not in GROUPED:
         return layout_of(name, shape)
     v, bits = GROUPED[name]
@@ -69,6 +74,7 @@ class Ours:
         layout = own_layout(name, shape)
         generator = torch.Generator().manual_seed(0)
         self.name, self.bits, self.count = name, layout.bits_per_weight, count
+        pack = gather.pack if name in VPTQ else lookup.pack
         self.matrices = [pack(VQWeight(layout, random_tensors(layout, generator))) for _ in range(count)]
         self.x = torch.randn(vectors, shape[1], generator=generator)
 
@@ -176,8 +182,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--shape", nargs="+", default=["4096x4096", "11008x4096"])
-    parser.add_argument("--ours", nargs="*", default=[*OURS, *GROUPED])
+    parser.add_argument("--ours", nargs="*", default=[*OURS, *GROUPED, *VPTQ])
     parser.add_argument("--peers", nargs="*", default=list(PEERS))
+    parser.add_argument("--package", action="store_true", help="the published package beside the formats of VPTQ")
     parser.add_argument("--megabytes", type=int, default=384, help="of different matrices in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--vectors", type=int, default=1, help="prompts: so many at once, in bytes; without --peers")
@@ -200,6 +207,8 @@ def main() -> None:
                 if name:
                     count = int(arguments.megabytes * 8e6 / (_bits(name) * shape[0] * shape[1]))
                     runners.append(make(name, shape, max(count, 2)))
+                    if arguments.package and name in VPTQ:
+                        runners.append(Published(name, VPTQ[name], shape))
             for threads in arguments.threads:
                 taken = interleaved(runners, threads, arguments.rounds)
                 for runner, times in zip(runners, taken, strict=True):

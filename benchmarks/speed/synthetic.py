@@ -64,7 +64,9 @@ def random_tensors(layout: Layout, generator: torch.Generator) -> dict[str, Tens
     """Random codes, and scales that keep activations in range."""
     tensors: dict[str, Tensor] = {}
     for name, (dtype, shape) in layout.tensors().items():
-        if dtype == torch.int32:
+        if name == "permutation":
+            tensors[name] = torch.randperm(layout.shape[1], generator=generator).to(dtype)
+        elif dtype == torch.int32:
             tensors[name] = torch.randint(-(2**31), 2**31, shape, generator=generator).to(dtype)
         elif dtype == torch.int8:
             tensors[name] = torch.randint(-127, 128, shape, generator=generator).to(dtype)

@@ -259,6 +259,7 @@ def test_a_missing_or_broken_library_says_what_to_install(
 ) -> None:
     if content is not None:
         (tmp_path / clib._NAMES.get(sys.platform, "liboctavo_c.so")).write_bytes(content)
+    monkeypatch.delenv(clib.LIBRARY, raising=False)
     monkeypatch.setattr(clib, "_folders", lambda: [tmp_path])
     lib, why = clib._load.__wrapped__()
     assert lib is None

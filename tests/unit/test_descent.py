@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.math.descent import Chooser, coordinate_descent
+from octavo.math import descent
+from octavo.math.descent import Chooser
 from octavo.math.hessian import damped
 from oracle import universal as oracle
 from oracle.matrices import activations, second_moment
@@ -41,6 +42,10 @@ def _problem(out: int, inp: int, dtype: torch.dtype = torch.float64, dead: int =
     x[:, rng.permutation(inp)[:dead]] = 0
     hessian = torch.from_numpy(second_moment(x)).to(dtype)
     return torch.randn(out, inp, dtype=dtype), torch.randn(out, inp, dtype=dtype), hessian
+
+
+def coordinate_descent(weight: Tensor, quantized: Tensor, hessian: Tensor, choose: Chooser, width: int) -> Tensor:
+    return descent.coordinate_descent(quantized, (weight - quantized) @ hessian, hessian, choose, width)
 
 
 def _loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:

@@ -130,3 +130,13 @@ def test_signs_are_balanced_and_follow_from_the_generator() -> None:
     assert set(one.tolist()) == {-1.0, 1.0}
     assert abs(float(one.mean())) < 0.05
     assert not torch.equal(one, random_signs(10_000, torch.Generator().manual_seed(4)))
+
+
+@pytest.mark.parametrize(("channels", "block"), [(64, 16), (48, 16), (8, 8), (6, 2), (5, 1)])
+def test_conjugation_is_the_transform_from_both_sides(channels: int, block: int) -> None:
+    matrix = torch.randn(channels, channels, dtype=torch.float64)
+    matrix = matrix @ matrix.T
+    before, signs = matrix.clone(), hadamard.random_signs(channels, torch.Generator().manual_seed(1)).double()
+    v = torch.from_numpy(transform(channels, block, signs.numpy()))
+    torch.testing.assert_close(hadamard.conjugate(matrix, signs, block), v @ matrix @ v.T)
+    assert torch.equal(matrix, before)

@@ -249,6 +249,19 @@ def test_the_factor_squares_to_the_inverse_of_the_damped_hessian(name: str) -> N
     assert error <= 1e-6 + 1e-7 * np.linalg.cond(exact * size), f"{error:.2e}"
 
 
+@pytest.mark.parametrize("channels", [511, 513, 1100])
+def test_large_factors_are_as_exact(channels: int) -> None:
+    """They are inverted half by half."""
+    x = torch.from_numpy(activations(np.random.default_rng(5), channels, 2 * channels)).double()
+    hessian = x.T @ x / (2 * channels)
+    factor = factorize(hessian.float())
+    upper = factor.feedback.double() * factor.variance.double().sqrt().unsqueeze(1)
+    assert torch.equal(upper, upper.triu())
+    exact = damped(hessian, factor.damping)
+    identity = torch.eye(channels, dtype=torch.float64)
+    torch.testing.assert_close(upper.T @ upper @ exact, identity, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("damping", [0.01, 0.3])
 @pytest.mark.parametrize("name", _USABLE)
 def test_damping_is_that_of_the_textbook_and_changes_no_input(name: str, damping: float) -> None:

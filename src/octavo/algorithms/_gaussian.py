@@ -61,34 +61,47 @@ class GaussianCoder:
         counts[-1] -= -values.shape[1] % self.scale_columns
         self._store_scales((total / counts).sqrt().float())
 
-    def refit_scales(self, weight: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
-        """Scales that minimise tr((W - Q) H (W - Q)^T) with all codes fixed, block after block; the new Q.
+    def refit_scales(
+        self, weight: Tensor, weight_image: Tensor, quantized: Tensor, hessian: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Scales that minimise tr((W - Q) H (W - Q)^T) with all codes fixed, block after block.
 
         They stay as they are if rounding them to their grid costs more than they gain.
+
+        Args:
+            weight_image: W H, which is the same every time: products with H are most of what this takes.
+
+        Returns:
+            the new Q and (W - Q) H for it.
         """
         before, stored = self.scales, self._stored
         factors = torch.ones_like(before)
         with exact_float32():
-            error = weight - quantized
-            pull = error @ hessian
-            loss = (pull * error).sum(dtype=torch.float64)
+            image = quantized @ hessian
+            pull = weight_image - image
+            loss = (pull * (weight - quantized)).sum(dtype=torch.float64)
+            moved = pull
             for block in range(before.shape[1]):
                 part = slice(block * self.scale_columns, (block + 1) * self.scale_columns)
                 mine = quantized[:, part]
-                image = mine @ hessian[part]
+                if before.shape[1] > 1:
+                    image = mine @ hessian[part]
                 curvature = (image[:, part] * mine).sum(dim=1)
-                step = torch.where(curvature > 0, (pull[:, part] * mine).sum(dim=1) / curvature, 0.0)
+                step = torch.where(curvature > 0, (moved[:, part] * mine).sum(dim=1) / curvature, 0.0)
                 # A scale never changes its sign, nor leaps.
                 step = step.nan_to_num(0.0, 0.0, 0.0).clamp(-0.5, 1.0)
                 factors[:, block] += step
-                pull -= step.unsqueeze(1) * image
+                if block + 1 < before.shape[1]:
+                    moved = moved - step.unsqueeze(1) * image
             self._store_scales(before * factors)
-            refitted = quantized * self._along(self.scales / before)[:, : weight.shape[1]]
-            error = weight - refitted
-            if bool(((error @ hessian) * error).sum(dtype=torch.float64) > loss):
+            ratio = self.scales / before
+            refitted = quantized * self._along(ratio)[:, : weight.shape[1]]
+            refitted_image = image * ratio if before.shape[1] == 1 else refitted @ hessian
+            refitted_pull = weight_image - refitted_image
+            if bool((refitted_pull * (weight - refitted)).sum(dtype=torch.float64) > loss):
                 self.scales, self._stored = before, stored
-                return quantized
-        return refitted
+                return quantized, pull
+        return refitted, refitted_pull
 
     def _store_scales(self, scales: Tensor) -> None:
         block = self.layout.block_scale

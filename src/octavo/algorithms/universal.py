@@ -25,7 +25,7 @@ from octavo.layout import BlockScale, Direction, Layout, Transform
 from octavo.math import hadamard
 from octavo.math.descent import coordinate_descent
 from octavo.math.feedback import error_feedback
-from octavo.math.hessian import damped, factorize
+from octavo.math.hessian import damped, exact_float32, factorize
 from octavo.math.tiles import block_roots
 
 Sides = Literal["input", "output", "both", "none"]
@@ -153,10 +153,12 @@ class Universal(Algorithm):
             coder.fit_scales(compensated)
             quantized, compensated = error_feedback(weight, factor, coder.feed, width)
         hessian = damped(hessian, factor.damping)
+        with exact_float32():
+            image = weight @ hessian
         for _ in range(self.sweeps):
-            quantized = coder.refit_scales(weight, quantized, hessian)
-            quantized = coordinate_descent(weight, quantized, hessian, coder.choose, width)
-        coder.refit_scales(weight, quantized, hessian)
+            quantized, pull = coder.refit_scales(weight, image, quantized, hessian)
+            quantized = coordinate_descent(quantized, pull, hessian, coder.choose, width)
+        coder.refit_scales(weight, image, quantized, hessian)
         return coder.tensors() | {name: hadamard.pack_signs(s) for name, s in signs.items()}
 
 
@@ -170,7 +172,7 @@ def _rotate(
     if block := transform.input:
         signs["input_signs"] = s = hadamard.random_signs(weight.shape[1], generator).to(weight.device)
         weight = hadamard.forward(weight, s, block)
-        hessian = hadamard.forward(hadamard.forward(hessian, s, block).T, s, block)
+        hessian = hadamard.conjugate(hessian, s, block)
     if block := transform.output:
         signs["output_signs"] = s = hadamard.random_signs(weight.shape[0], generator).to(weight.device)
         weight = hadamard.forward(weight.T, s, block).T.contiguous()

@@ -25,12 +25,12 @@ _LAZY = 128
 _RIDGE = 1e-6
 
 
-def coordinate_descent(weight: Tensor, quantized: Tensor, hessian: Tensor, choose: Chooser, width: int) -> Tensor:
+def coordinate_descent(quantized: Tensor, pull: Tensor, hessian: Tensor, choose: Chooser, width: int) -> Tensor:
     """One sweep over all blocks of ``width`` columns, from left to right.
 
     Args:
-        weight: [out, in] float32, the target.
-        quantized: [out, in], the values so far; not changed.
+        quantized: [out, in] float32, the values so far; not changed.
+        pull: [out, in], (W - Q) H for the target W and these values; overwritten.
         hessian: [in, in], damped.
         choose: finds the best values of a block.
         width: columns of a block (fewer at the end).
@@ -39,10 +39,9 @@ def coordinate_descent(weight: Tensor, quantized: Tensor, hessian: Tensor, choos
         quantized values [out, in].
     """
     result = quantized.clone()
-    total, lazy = weight.shape[1], max(_LAZY // width, 1) * width
+    total, lazy = result.shape[1], max(_LAZY // width, 1) * width
     ridge = _RIDGE * float(hessian.diagonal().mean())
     with exact_float32():
-        pull = (weight - result) @ hessian
         for start in range(0, total, lazy):
             stop = min(start + lazy, total)
             before = result[:, start:stop].clone()

@@ -16,6 +16,8 @@ from octavo._core.errors import NumericalError
 DAMPING_LADDER = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 #: Rows of the Hessian that are accumulated by one product.
 _TILE = 1024
+#: Triangular matrices of at most so many rows are inverted as a whole.
+_LEAF = 512
 #: Tokens of a piece: pieces of the text are taken as independent of each other, the tokens of one are not.
 _PIECE = 1024
 #: More non-finite calibration rows than this share means that the statistics cannot be trusted.
@@ -193,14 +195,28 @@ def factorize(hessian: Tensor, where: str = "matrix", damping: float = DAMPING_L
             lower, info = torch.linalg.cholesky_ex(damped(hessian.to(dtype), damp).flip(0, 1))
             if int(info) != 0 or not bool(torch.isfinite(lower).all()):
                 continue
-            identity = torch.eye(lower.shape[0], dtype=dtype, device=lower.device)
-            inverse = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            with exact_float32():
+                inverse = _inverse_of_lower(lower).flip(0, 1)
             scale = torch.diagonal(inverse)
             return Factor((inverse / scale.unsqueeze(1)).float(), (scale * scale).float(), damp)
     raise NumericalError(
         f"{where}: Cholesky factorisation failed even with damping {ladder[-1]} times the mean diagonal ({mean:.3g}). "
         "The statistics are unusable; use more calibration text, or --on-bad-hessian rtn."
     )
+
+
+def _inverse_of_lower(lower: Tensor) -> Tensor:
+    """The inverse of a lower-triangular matrix, half by half: a third of the work of solving for all columns."""
+    n = lower.shape[0]
+    if n <= _LEAF:
+        identity = torch.eye(n, dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, identity, upper=False)
+    half = n // 2
+    inverse = torch.zeros_like(lower)
+    inverse[:half, :half] = _inverse_of_lower(lower[:half, :half])
+    inverse[half:, half:] = _inverse_of_lower(lower[half:, half:])
+    inverse[half:, :half] = -(inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half]))
+    return inverse
 
 
 def proxy_loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
