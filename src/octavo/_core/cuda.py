@@ -1,0 +1,179 @@
+"""CUDA without a compiler at the user's: NVRTC, which torch brings along, and the driver, both through ctypes.
+
+Programs are compiled once per processor and set of macros and kept on disk by the hash of all that made them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from octavo._core import io
+from octavo._core.errors import ResourceError
+
+#: Where compiled programs are kept; else in the user's cache.
+CACHE = "OCTAVO_CACHE"
+_REMEDY = "pip install nvidia-cuda-nvrtc"
+_MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+# ---------------------------------------------------------------------------------------------------- NVRTC
+
+
+@cache
+def _nvrtc() -> ctypes.CDLL | None:
+    folders: list[Path] = []
+    spec = find_spec("nvidia")
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        folders += sorted(Path(root).glob("*/lib"), reverse=True) + sorted(Path(root).glob("*/bin"), reverse=True)
+    pattern = "nvrtc64_*.dll" if sys.platform == "win32" else "libnvrtc.so*"
+    for path in [*(found for folder in folders for found in sorted(folder.glob(pattern))), Path("libnvrtc.so")]:
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(path))
+    return None
+
+
+def why_no_compiler() -> str:
+    """What NVRTC lacks and how to get it, or an empty string."""
+    return "" if _nvrtc() is not None else f"NVRTC was not found; {_REMEDY}"
+
+
+def compile_program(source: str, macros: Mapping[str, str], architecture: str, *, report: bool = False) -> Any:
+    """Compile CUDA C++ for a processor such as ``sm_90``; gives its binary, or (binary, log) with ``report``.
+
+    Raises:
+        ResourceError: no NVRTC, one that does not know the processor, or a program that does not compile.
+    """
+    lib = _nvrtc()
+    if lib is None:
+        raise ResourceError(f"CUDA kernels cannot be compiled: {why_no_compiler()}.")
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{k}={v}" for k, v in macros.items())]
+    if report:
+        options.append("--ptxas-options=-v")
+    program = ctypes.c_void_p()
+    lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"octavo.cu", 0, None, None)
+    try:
+        words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        failed = lib.nvrtcCompileProgram(program, len(options), words)
+        log = _text(lib.nvrtcGetProgramLogSize, lib.nvrtcGetProgramLog, program).rstrip(b"\0").decode(errors="replace")
+        if failed:
+            raise ResourceError(f"NVRTC could not compile a kernel for {architecture}: {log.strip() or failed}")
+        binary = _text(lib.nvrtcGetCUBINSize, lib.nvrtcGetCUBIN, program)
+    finally:
+        lib.nvrtcDestroyProgram(ctypes.byref(program))
+    return (binary, log) if report else binary
+
+
+def _text(size: Any, get: Any, program: ctypes.c_void_p) -> bytes:
+    count = ctypes.c_size_t()
+    size(program, ctypes.byref(count))
+    buffer = ctypes.create_string_buffer(count.value)
+    get(program, buffer)
+    return buffer.raw
+
+
+def cached_program(source: str, macros: Mapping[str, str], architecture: str) -> bytes:
+    """:func:`compile_program`, from the cache on disk if it was compiled before.
+
+    Raises:
+        ResourceError: as :func:`compile_program`.
+    """
+    lib = _nvrtc()
+    version = (ctypes.c_int(), ctypes.c_int())
+    if lib is not None:
+        lib.nvrtcVersion(ctypes.byref(version[0]), ctypes.byref(version[1]))
+    identity = repr((source, sorted(macros.items()), architecture, version[0].value, version[1].value))
+    path = _cache_folder() / f"{hashlib.sha256(identity.encode()).hexdigest()}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        binary = compile_program(source, macros, architecture)
+        # A cache that cannot be written costs a third of a second the next time.
+        with contextlib.suppress(OSError, ResourceError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            io.write_bytes(path, binary)
+        return binary
+
+
+def _cache_folder() -> Path:
+    if chosen := os.environ.get(CACHE):
+        return Path(chosen)
+    base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "octavo" / "kernels"
+
+
+# ---------------------------------------------------------------------------------------------------- driver
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    lib = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    _check(lib, lib.cuInit(0))
+    return lib
+
+
+def _check(lib: ctypes.CDLL, status: int) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        lib.cuGetErrorString(status, ctypes.byref(text))
+        raise ResourceError(f"CUDA driver: {(text.value or b'unknown error').decode()} ({status}).")
+
+
+@contextlib.contextmanager
+def _context(device: int) -> Iterator[ctypes.CDLL]:
+    """The context of a device that torch uses as well, current for as long as the block runs."""
+    lib, handle, context = _driver(), ctypes.c_int(), ctypes.c_void_p()
+    _check(lib, lib.cuDeviceGet(ctypes.byref(handle), device))
+    _check(lib, lib.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle))
+    _check(lib, lib.cuCtxPushCurrent_v2(context))
+    try:
+        yield lib
+    finally:
+        lib.cuCtxPopCurrent_v2(ctypes.byref(context))
+        lib.cuDevicePrimaryCtxRelease_v2(handle)
+
+
+class Program:
+    """A compiled program on a device; its functions are launched on a stream of torch's.
+
+    Args:
+        binary: what :func:`compile_program` gave.
+        device: number of the device.
+
+    Raises:
+        ResourceError: the driver does not take it.
+    """
+
+    def __init__(self, binary: bytes, device: int) -> None:
+        self._device, self._module = device, ctypes.c_void_p()
+        self._functions: dict[tuple[str, int], ctypes.c_void_p] = {}
+        with _context(device) as lib:
+            _check(lib, lib.cuModuleLoadData(ctypes.byref(self._module), binary))
+
+    def launch(self, name: str, grid: tuple[int, int], threads: int, shared: int, stream: int, *arguments: Any) -> None:
+        """Launch a function with ctypes values as arguments, and ``shared`` bytes of dynamic shared memory.
+
+        Raises:
+            ResourceError: the driver refuses.
+        """
+        values = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
+        with _context(self._device) as lib:
+            function = self._function(lib, name, shared)
+            size = (*grid, 1, threads, 1, 1, shared)
+            _check(lib, lib.cuLaunchKernel(function, *size, ctypes.c_void_p(stream), values, None))
+
+    def _function(self, lib: ctypes.CDLL, name: str, shared: int) -> ctypes.c_void_p:
+        if (name, shared) not in self._functions:
+            function = ctypes.c_void_p()
+            _check(lib, lib.cuModuleGetFunction(ctypes.byref(function), self._module, name.encode()))
+            _check(lib, lib.cuFuncSetAttribute(function, _MAX_SHARED, shared))
+            self._functions[name, shared] = function
+        return self._functions[name, shared]

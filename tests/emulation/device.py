@@ -1,0 +1,45 @@
+"""The CUDA sources compiled for this processor, and launched as the driver would launch them."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from octavo.kernels.cuda_lookup import Shape
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("c++") or shutil.which("g++")
+
+
+class Emulator:
+    """A :class:`octavo.kernels.cuda_lookup.Launcher` whose device is the CPU."""
+
+    def __init__(self, library: Path) -> None:
+        self._run = ctypes.CDLL(str(library)).octavo_emulate
+
+    def launch(self, name: str, grid: tuple[int, int], threads: int, shared: int, stream: int, *arguments: Any) -> None:
+        assert threads % 32 == 0
+        assert 0 <= shared <= 227 * 1024
+        values = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
+        assert self._run(name.encode(), *grid, threads, values) == 0, name
+
+
+@cache
+def emulator(shape: Shape) -> Emulator:
+    """The kernels of a shape; compiled once per process."""
+    assert COMPILER is not None
+    folder = Path(tempfile.mkdtemp(prefix="octavo-emulated-"))
+    library = folder / "lookup.so"
+    macros = [f"-D{name}={value}" for name, value in shape.macros().items()]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-DOCTAVO_EMULATOR", f"-I{HERE}"]
+    command = [COMPILER, *flags, *macros, str(HERE / "lookup.cpp"), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = Emulator(library)
+    shutil.rmtree(folder)
+    return loaded
