@@ -2,8 +2,8 @@
 
     python benchmarks/gpu/gemv.py --out benchmarks/results/gpu_gemv.json [--names gaussian-v8-k256-256 ..]
 
-The layers of Llama-2-7B and 70B. Every round runs through so many different matrices that none stays in a cache, captured
-in a CUDA graph so that launches cost nothing; medians of the rounds. ``GB/s`` counts what is stored.
+The layers of Llama-2-7B and 70B. Every round runs through so many different matrices that none stays in a cache,
+captured in a CUDA graph so that launches cost nothing; medians of the rounds. ``GB/s`` counts what is stored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from synthetic import layout_of, random_tensors
 from table import machine
 
 from octavo._core.io import write_json
-from octavo.kernels.cuda_lookup import GpuMatrix
+from octavo.kernels.cuda_lookup import LookUpMatrix
 from octavo.weight import VQWeight
 
 SHAPES = ("4096x4096", "11008x4096", "4096x11008", "8192x8192", "28672x8192", "8192x28672")
@@ -108,9 +108,11 @@ def main() -> None:
                 count = max(int(arguments.megabytes * 8e6 / (layout.bits_per_weight * shape[0] * shape[1])), 2)
                 count = min(count, 64)
                 generator = torch.Generator().manual_seed(0)
-                made = [GpuMatrix(VQWeight(layout, random_tensors(layout, generator)).to(DEVICE)) for _ in range(count)]
+                made = [
+                    LookUpMatrix(VQWeight(layout, random_tensors(layout, generator)).to(DEVICE)) for _ in range(count)
+                ]
 
-                def run(made: list[GpuMatrix] = made, x: Tensor = x) -> None:
+                def run(made: list[LookUpMatrix] = made, x: Tensor = x) -> None:
                     for matrix in made:
                         matrix.multiply_many(x) if x.shape[0] > 8 else matrix.multiply(x)
 

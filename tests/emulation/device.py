@@ -8,16 +8,14 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-from octavo.kernels.cuda_lookup import Shape
+from typing import Any, Protocol
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("c++") or shutil.which("g++")
 
 
 class Emulator:
-    """A :class:`octavo.kernels.cuda_lookup.Launcher` whose device is the CPU."""
+    """A :class:`octavo.kernels._gpu.Launcher` whose device is the CPU."""
 
     def __init__(self, library: Path) -> None:
         self._run = ctypes.CDLL(str(library)).octavo_emulate
@@ -29,15 +27,21 @@ class Emulator:
         assert self._run(name.encode(), *grid, threads, values) == 0, name
 
 
+class Shape(Protocol):
+    """What a program is compiled for."""
+
+    def macros(self) -> dict[str, str]: ...
+
+
 @cache
-def emulator(shape: Shape) -> Emulator:
-    """The kernels of a shape; compiled once per process."""
+def emulator(name: str, shape: Shape) -> Emulator:
+    """The kernels of a source and a shape; compiled once per process."""
     assert COMPILER is not None
     folder = Path(tempfile.mkdtemp(prefix="octavo-emulated-"))
-    library = folder / "lookup.so"
+    library = folder / "kernel.so"
     macros = [f"-D{name}={value}" for name, value in shape.macros().items()]
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-DOCTAVO_EMULATOR", f"-I{HERE}"]
-    command = [COMPILER, *flags, *macros, str(HERE / "lookup.cpp"), "-o", str(library)]
+    command = [COMPILER, *flags, *macros, str(HERE / f"{name}.cpp"), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     loaded = Emulator(library)

@@ -1,4 +1,6 @@
 // The kernels of lookup.cu behind one function that takes what cuLaunchKernel takes.
+#include "../../src/octavo/kernels/cuda/numbers.cuh"
+
 #include "../../src/octavo/kernels/cuda/lookup.cu"
 
 #define ARGUMENT(number, type) (*static_cast<type*>(arguments[number]))

@@ -15,8 +15,8 @@ from emulation.device import COMPILER, emulator
 from formats.strategies import random_weight
 from octavo import codebooks
 from octavo._core import cuda
-from octavo.kernels import cuda_lookup
-from octavo.kernels.cuda_lookup import GpuMatrix, shape_of, source, targets
+from octavo.kernels import _gpu, cuda_lookup
+from octavo.kernels.cuda_lookup import LookUpMatrix, shape_of, shapes
 from octavo.layout import BlockScale, Layout, Transform
 from octavo.weight import VQWeight
 
@@ -46,8 +46,9 @@ def weight_of(name: str, shape: tuple[int, int], *, bias: bool = False, seed: in
     return random_weight(layout, seed=seed)
 
 
-def matrix(weight: VQWeight, blocks: int = 2) -> GpuMatrix:
-    return GpuMatrix(weight, emulator(shape_of(weight.layout)), blocks)
+def matrix(weight: VQWeight, blocks: int = 2) -> LookUpMatrix:
+    shape = shape_of(weight.layout.vector_length, weight.layout.stages)
+    return LookUpMatrix(weight, emulator("lookup", shape), blocks)
 
 
 def product(weight: VQWeight, x: Tensor) -> Tensor:
@@ -144,10 +145,10 @@ def test_the_operator_is_one_that_torch_can_trace() -> None:
     packed = matrix(weight)
     for n in (0, 1, 9):
         x = torch.randn(n, 64)
-        torch.library.opcheck(cuda_lookup.cuda_linear, (x, packed.handle, 24, False))
+        torch.library.opcheck(_gpu.cuda_linear, (x, packed.handle, 24, False))
         x = x.view(n, 1, 64)
         assert cuda_lookup.CudaLookUp.linear(x, packed).shape == (n, 1, 24)
-    traced = torch.compile(lambda x: cuda_lookup.cuda_linear(x, packed.handle, 24, True) + 1, backend="eager")
+    traced = torch.compile(lambda x: _gpu.cuda_linear(x, packed.handle, 24, True) + 1, backend="eager")
     x = torch.randn(2, 64).T.contiguous().T
     assert error(traced(x) - 1, product(weight, x)) < 1e-6
 
@@ -165,6 +166,6 @@ def test_what_it_cannot_run_is_said() -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_program_compiles_without_spilling_registers(architecture: str) -> None:
     for name in ("gaussian-v8-k256-256", "gaussian-v4-k256-256", "gaussian-v8-k256-256-16"):
-        binary, log = cuda.compile_program(source(), targets()[name].macros(), architecture, report=True)
+        binary, log = cuda.compile_program(_gpu.source("lookup"), shapes()[name].macros(), architecture, report=True)
         assert binary[:4] == b"\x7fELF"
         assert not [spill for spill in re.findall(r"(\d+) bytes spill", log) if spill != "0"], log

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+from emulation.test_cuda_gather import LAYOUTS
 from emulation.test_cuda_lookup import BOOKS, LIMIT, error, product, weight_of
-from octavo.kernels import cuda_lookup, select
-from octavo.kernels.cuda_lookup import GpuMatrix
+from formats.strategies import random_weight
+from octavo.kernels import _gpu, select
+from octavo.kernels.cuda_lookup import LookUpMatrix
 from octavo.nn import VQLinear
 
 pytestmark = [
@@ -22,7 +24,7 @@ GPU = torch.device("cuda")
 @pytest.mark.parametrize("shape", [(70, 576), (4096, 4096), (1000, 11008), (5, 24)])
 def test_products_are_those_of_the_decoded_matrix(name: str, shape: tuple[int, int]) -> None:
     weight = weight_of(name, shape, bias=True).to(GPU)
-    packed = GpuMatrix(weight)
+    packed = LookUpMatrix(weight)
     for n in (1, 2, 7, 8, 300):
         x = torch.randn(n, shape[1], device=GPU)
         wanted = functional.linear(x.double(), weight.dequantize(torch.float64), weight.bias.double())  # type: ignore[union-attr]
@@ -35,7 +37,7 @@ def test_products_are_those_of_the_decoded_matrix(name: str, shape: tuple[int, i
 def test_a_layer_on_the_gpu_takes_this_kernel(dtype: torch.dtype) -> None:
     weight = weight_of(BOOKS[0], (256, 512))
     layer = VQLinear.from_weight(weight).to(GPU)
-    assert select.choose(weight.layout, GPU)[0] == "cuda"
+    assert select.choose(weight.layout, GPU)[0] == "cuda_lookup"
     for n in (1, 64):
         x = torch.randn(n, 512, device=GPU, dtype=dtype)
         y = layer(x)
@@ -43,9 +45,19 @@ def test_a_layer_on_the_gpu_takes_this_kernel(dtype: torch.dtype) -> None:
         assert error(y.cpu(), product(weight, x.cpu())) < 2 * LIMIT
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_column_vectors_too(name: str) -> None:
+    weight = random_weight(LAYOUTS[name], seed=1)
+    assert select.choose(weight.layout, GPU)[0] == "cuda_gather"
+    layer = VQLinear.from_weight(weight).to(GPU)
+    for n in (1, 3, 8, 40):
+        x = torch.randn(n, weight.layout.shape[1], device=GPU)
+        assert error(layer(x).cpu(), product(weight, x.cpu())) < 2e-3, "TF32 at most"
+
+
 def test_it_runs_in_graphs_and_on_other_streams() -> None:
     weight = weight_of(BOOKS[0], (512, 1024)).to(GPU)
-    packed, x = GpuMatrix(weight), torch.randn(1, 1024, device=GPU)
+    packed, x = LookUpMatrix(weight), torch.randn(1, 1024, device=GPU)
     wanted = packed.multiply(x).clone()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -54,7 +66,7 @@ def test_it_runs_in_graphs_and_on_other_streams() -> None:
     assert torch.equal(y, wanted)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = cuda_lookup.cuda_linear(x, packed.handle, 512, False)
+        y = _gpu.cuda_linear(x, packed.handle, 512, False)
     x.copy_(torch.randn_like(x))
     graph.replay()
     assert torch.equal(y, packed.multiply(x))
@@ -65,7 +77,7 @@ def test_more_codes_than_32_bits_count() -> None:
     rows = 2**31 // 512 + 8
     if torch.cuda.mem_get_info()[0] < 3 * rows * 512:
         pytest.skip("the device has no room for 2^31 codes")
-    packed = GpuMatrix(weight_of("gaussian-v8-k256", (16, 4096)).to(GPU))
+    packed = LookUpMatrix(weight_of("gaussian-v8-k256", (16, 4096)).to(GPU))
     small = packed.planes[0]
     packed.planes[0] = small.repeat(-(-rows // 16), 1)[:rows].contiguous()
     packed.scales, packed.rows = packed.scales.repeat(-(-rows // 16))[:rows].contiguous(), rows

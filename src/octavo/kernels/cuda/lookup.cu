@@ -13,17 +13,6 @@
 //
 // A lane reads kCodes codes of each stage at once, neighbouring lanes neighbouring ones; a warp goes through kRows rows
 // together, from left to right, and asks for its next codes before it uses those that are there.
-#if defined(OCTAVO_EMULATOR)
-#include "emulator.h"
-#else
-typedef unsigned char uint8_t;
-typedef signed char int8_t;
-typedef unsigned short uint16_t;
-typedef unsigned int uint32_t;
-typedef long long int64_t;
-#endif
-
-#define DEVICE static __device__ __forceinline__
 
 constexpr int kBits[STAGES] = BITS;
 constexpr int kCodes = 8;                  // codes of a lane at a time, of each stage
@@ -32,10 +21,6 @@ constexpr int kRows = 4;                   // rows of a warp at a time
 constexpr int kGroup = kCodes * VECTOR;    // inputs of a lane at a time, which share a scale
 constexpr int kWords = VECTOR / 4;         // 32-bit words of a centroid
 constexpr int kStride = COPIES * VECTOR;   // bytes from one centroid to the next
-constexpr int kThreads = 256;
-
-// Types of inputs and outputs.
-constexpr int kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2;
 
 struct Matrix {
     const uint8_t* codes[STAGES];  // [rows][ceil(vectors / kCodes)][kCodes codes], rounded up to whole codes of kCodes
@@ -45,50 +30,6 @@ struct Matrix {
     const float* bias;             // [rows] or NULL
     int64_t rows, vectors;
 };
-
-// ---------------------------------------------------------------------------------------------------- numbers
-
-DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
-
-DEVICE float half_to_float(uint16_t half) {
-    // Five bits of exponent moved up by multiplication, which is right for subnormal numbers; NaN and infinity apart.
-    const uint32_t sign = (half & 0x8000u) << 16, rest = half & 0x7FFFu;
-    const float size = bits_to_float(rest << 13) * 5.192296858534828e33f;  // 2^112
-    const uint32_t bits = rest >= 0x7C00u ? 0x7F800000u | (rest & 0x3FFu) << 13 : __float_as_uint(size);
-    return bits_to_float(sign | bits);
-}
-
-DEVICE uint16_t float_to_bfloat16(float value) {
-    const uint32_t bits = __float_as_uint(value);
-    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<uint16_t>(bits >> 16 | 0x40u);
-    return static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
-}
-
-DEVICE uint16_t float_to_half(float value) {
-    const uint32_t bits = __float_as_uint(value), sign = bits >> 16 & 0x8000u, rest = bits & 0x7FFFFFFFu;
-    if (rest > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u);
-    if (rest >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);
-    if (rest < 0x38800000u) {
-        // Below 2^-14 a half counts in steps of 2^-24, as floats between 1/2 and 1 do.
-        const float moved = bits_to_float(rest) + 0.5f;
-        return static_cast<uint16_t>(sign | (__float_as_uint(moved) - 0x3F000000u));
-    }
-    return static_cast<uint16_t>(sign | (rest + 0xFFFu + (rest >> 13 & 1u) - 0x38000000u) >> 13);
-}
-
-DEVICE float load_as_float(const void* from, int64_t at, int type) {
-    if (type == kFloat32) return static_cast<const float*>(from)[at];
-    const uint16_t bits = static_cast<const uint16_t*>(from)[at];
-    return type == kFloat16 ? half_to_float(bits) : bits_to_float(static_cast<uint32_t>(bits) << 16);
-}
-
-DEVICE void store_as(void* to, int64_t at, float value, int type) {
-    if (type == kFloat32) {
-        static_cast<float*>(to)[at] = value;
-    } else {
-        static_cast<uint16_t*>(to)[at] = type == kFloat16 ? float_to_half(value) : float_to_bfloat16(value);
-    }
-}
 
 // ---------------------------------------------------------------------------------------------------- inputs
 
@@ -150,6 +91,7 @@ extern "C" __global__ void octavo_rotate(const void* x, int type, const float* s
 
 // The books of a matrix in shared memory: [stage][centroid][copy].
 DEVICE void load_books(const Matrix& m, uint32_t* shared) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < STAGES * 256 * COPIES; i += blockDim.x)
         for (int w = 0; w < kWords; ++w) shared[i * kWords + w] = m.books[i / COPIES * kWords + w];
     __syncthreads();
@@ -238,6 +180,7 @@ DEVICE void multiply(const Matrix& m, const int8_t* bytes, const float* scales, 
     const uint8_t* mine = reinterpret_cast<const uint8_t*>(memory) + lane % COPIES * VECTOR;
     const int64_t places = (m.vectors + kCodes - 1) / kCodes, warps = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
     const bool same = one_unit(m);
+#pragma unroll 1
     for (int64_t group = blockIdx.x * (kThreads / 32) + threadIdx.x / 32; group * kRows < m.rows; group += warps) {
         const int64_t first = group * kRows;
         float sums[Tokens][kRows] = {};
@@ -245,6 +188,7 @@ DEVICE void multiply(const Matrix& m, const int8_t* bytes, const float* scales, 
         for (int r = 0; r < kRows; ++r)
             if (lane < places) next[r] = load_codes(m, first + r < m.rows ? first + r : first, lane, places);
         // Lanes beyond the end of the rows have nothing to add, but go on to the sums.
+#pragma unroll 1
         for (int64_t place = lane; place < places; place += 32) {
             Codes codes[kRows];
             for (int r = 0; r < kRows; ++r) {
@@ -301,14 +245,14 @@ DEVICE void multiply(const Matrix& m, const int8_t* bytes, const float* scales, 
     }
 }
 
-#define MULTIPLY(TOKENS)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(kThreads, 1) octavo_multiply_##TOKENS(                         \
+#define MULTIPLY(TOKENS, BLOCKS)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) octavo_multiply_##TOKENS(                         \
         Matrix m, const int8_t* bytes, const float* scales, void* y, int type) {                             \
         multiply<TOKENS>(m, bytes, scales, y, type);                                                         \
     }
-MULTIPLY(1)
-MULTIPLY(2)
-MULTIPLY(4)
+MULTIPLY(1, 2)
+MULTIPLY(2, 1)
+MULTIPLY(4, 1)
 #undef MULTIPLY
 
 // The same for one vector of float32, [places * kGroup], without rounding it; token by token along y of the grid.
@@ -319,8 +263,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) octavo_exact(Matrix m,
     const uint8_t* mine = reinterpret_cast<const uint8_t*>(memory) + lane % COPIES * VECTOR;
     const int64_t places = (m.vectors + kCodes - 1) / kCodes, warps = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
     const float* from = x + blockIdx.y * places * kGroup;
+#pragma unroll 1
     for (int64_t group = blockIdx.x * (kThreads / 32) + threadIdx.x / 32; group * kRows < m.rows; group += warps) {
         float sums[kRows] = {};
+#pragma unroll 1
         for (int64_t place = lane; place < places; place += 32) {
             for (int r = 0; r < kRows; ++r) {
                 const int64_t row = group * kRows + r < m.rows ? group * kRows + r : group * kRows;
@@ -349,6 +295,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) octavo_decode(Matrix m
                                                                     void* to, int type) {
     const int64_t places = (m.vectors + kCodes - 1) / kCodes;
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+#pragma unroll 1
     for (int64_t n = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; n < rows * m.vectors; n += step) {
         const int64_t row = n / m.vectors, vector = n % m.vectors, place = vector / kCodes;
         const int i = static_cast<int>(vector % kCodes);

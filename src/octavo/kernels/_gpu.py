@@ -1,0 +1,147 @@
+"""What kernels in CUDA C++ have in common: programs, matrices that torch's operators know by number, the operator."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from octavo._core import cuda
+from octavo.kernels.select import Kernel
+from octavo.layout import Layout
+from octavo.weight import VQWeight
+
+#: Inputs stay in float32 instead of being rounded to bytes.
+EXACT = "OCTAVO_EXACT"
+#: As in the sources.
+THREADS = 256
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+#: From so many inputs on rows are decoded and multiplied as a dense matrix.
+_MANY = 9
+#: Blocks that run at once on a multiprocessor, 64 KB of shared memory each.
+_BLOCKS = 3
+
+
+class Launcher(Protocol):
+    """What runs the functions of a compiled program."""
+
+    def launch(self, name: str, grid: tuple[int, int], threads: int, shared: int, stream: int, *arguments: Any) -> None:
+        """Launch a function; see :meth:`octavo._core.cuda.Program.launch`."""
+        ...
+
+
+def source(name: str) -> str:
+    """The CUDA source of a kernel, with what all share before it."""
+    folder = files("octavo.kernels").joinpath("cuda")
+    return folder.joinpath("numbers.cuh").read_text() + folder.joinpath(f"{name}.cu").read_text()
+
+
+@cache
+def _program(name: str, macros: tuple[tuple[str, str], ...], device: int) -> Launcher:
+    major, minor = torch.cuda.get_device_capability(device)
+    return cuda.Program(cuda.cached_program(source(name), dict(macros), f"sm_{major}{minor}"), device)
+
+
+def program(name: str, macros: Mapping[str, str], device: torch.device) -> Launcher:
+    """The compiled program on a CUDA device.
+
+    Raises:
+        ResourceError: no compiler, or a driver that refuses.
+    """
+    return _program(name, tuple(sorted(macros.items())), device.index or 0)
+
+
+class GpuMatrix(ABC):
+    """A weight in a kernel's order, on the device of its tensors.
+
+    Args:
+        weight: of a layout that the kernel has nothing against.
+        blocks: blocks of threads that run at once on the device; None asks the device.
+    """
+
+    def __init__(self, weight: VQWeight, blocks: int | None = None) -> None:
+        self.device = weight.tensors["indices"].device
+        self.rows, self.inputs = weight.layout.shape
+        self.blocks: int = blocks or _BLOCKS * torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.bias = None if weight.bias is None else weight.bias.float().contiguous()
+        #: What the operator knows it by.
+        self.handle = next(_numbers)
+        _live[self.handle] = self
+
+    @abstractmethod
+    def multiply(self, x: Tensor, exact: bool = False) -> Tensor:
+        """W x + bias for ``x`` [n, in] on the device, contiguous; gives [n, out] in its dtype."""
+
+    @abstractmethod
+    def multiply_many(self, x: Tensor) -> Tensor:
+        """:meth:`multiply` for many inputs."""
+
+    @property
+    def stream(self) -> int:
+        """The stream that torch runs on."""
+        return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+
+    def grid(self, warps: int) -> int:
+        """Blocks for so many warps, but not more than run at once: each loads the books first."""
+        return min(-(-warps // (THREADS // 32)), self.blocks)
+
+
+#: Matrices by number, for as long as somebody holds them: operators take tensors and numbers alone.
+_live: weakref.WeakValueDictionary[int, GpuMatrix] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+@torch.library.custom_op("octavo::cuda_linear", mutates_args=())
+def cuda_linear(x: Tensor, handle: int, rows: int, exact: bool) -> Tensor:
+    """W x + bias for ``x`` [n, in]: [n, rows] in its dtype; ``handle`` is that of a :class:`GpuMatrix`."""
+    matrix, x = _live[handle], x.contiguous()
+    if x.shape[0] == 0:
+        return x.new_empty(0, rows)
+    return matrix.multiply_many(x) if x.shape[0] >= _MANY else matrix.multiply(x, exact)
+
+
+@cuda_linear.register_fake
+def _(x: Tensor, handle: int, rows: int, exact: bool) -> Tensor:
+    return x.new_empty(x.shape[0], rows)
+
+
+class GpuKernel(Kernel):
+    """What kernels over :class:`GpuMatrix` have in common."""
+
+    prepares = True
+    #: Why a layout cannot be run, or an empty string.
+    refuses: ClassVar[Callable[[Layout], str]]
+
+    @staticmethod
+    def missing() -> str:
+        if not torch.cuda.is_available() or torch.version.cuda is None:
+            return "no CUDA device"
+        return cuda.why_no_compiler()
+
+    @classmethod
+    def why_not(cls, layout: Layout, device: torch.device) -> str:
+        return f"it runs on CUDA, not on {device.type}" if device.type != "cuda" else cls.refuses(layout)
+
+    @staticmethod
+    def takes(x: Tensor) -> bool:
+        return x.dtype in TYPES and not (x.requires_grad and torch.is_grad_enabled())
+
+    @staticmethod
+    def linear(x: Tensor, prepared: GpuMatrix) -> Tensor:
+        exact = os.environ.get(EXACT) == "1"
+        y = cuda_linear(x.reshape(-1, x.shape[-1]), prepared.handle, prepared.rows, exact)
+        return y.view(*x.shape[:-1], prepared.rows)
+
+
+def address(tensor: Tensor | None) -> ctypes.c_void_p:
+    """A tensor's memory as an argument of a kernel."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

@@ -1,0 +1,197 @@
+"""The CUDA kernel for vectors along the outputs, VPTQ's: large books are read where they lie (``cuda/gather.cu``).
+
+Norms and order of the inputs are seen to once per product, not once per row of vectors; outlier columns are a matrix of
+their own, whose sums the others are added to. Centroids and inputs are not rounded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from octavo.kernels._gpu import THREADS, TYPES, GpuKernel, GpuMatrix, Launcher, address, program
+from octavo.kernels._packed import in_words
+from octavo.kernels.reference import linear as reference
+from octavo.kernels.select import registry
+from octavo.layout import Layout
+from octavo.math.pack import unpack
+from octavo.stored import index_dtype_to_int64
+from octavo.weight import VQWeight
+
+_MOST_STAGES = 4
+#: Codes of a lane at a time, as in the source.
+_CODES = 8
+_BOOKS = {torch.float16: "kFloat16", torch.bfloat16: "kBfloat16"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a program is compiled for; ``bits`` are those of the codes as the kernel reads them, 8 or 16."""
+
+    vector: int
+    bits: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def copies(self) -> int:
+        """How often a centroid stands in shared memory: as often as no two of the lanes that are served meet."""
+        copies = 1
+        while 2 * copies * 2 * self.vector <= 128 and self.bits.count(8) * 256 * 2 * self.vector * 2 * copies <= 65536:
+            copies *= 2
+        return copies
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of a block; sums of inputs want some as well."""
+        return max(self.bits.count(8) * 256 * 2 * self.vector * self.copies, 4 * THREADS)
+
+    def macros(self) -> dict[str, str]:
+        """As the source wants them."""
+        bits = f"{{{','.join(map(str, self.bits))}}}"
+        names = {"VECTOR": self.vector, "STAGES": len(self.bits), "BITS": bits, "COPIES": self.copies}
+        return {name: str(value) for name, value in names.items()} | {"BOOKS": _BOOKS[self.dtype]}
+
+
+#: Makes the launcher of a shape.
+Launchers = Callable[[Shape], Launcher]
+
+
+class _Part:
+    """Columns with books of their own."""
+
+    def __init__(self, codes: list[Tensor], books: list[Tensor], stages: tuple[int, ...], rows: int) -> None:
+        self.shape = Shape(books[0].shape[1], tuple(8 if bits <= 8 else 16 for bits in stages), books[0].dtype)
+        vector_rows, columns = codes[0].shape
+        self.columns, self.places = columns, -(-columns // _CODES)
+        self.planes, self.books = [], []
+        for plane, book, bits in zip(codes, books, self.shape.bits, strict=True):
+            padded = functional.pad(plane, (0, self.places * _CODES - columns))
+            self.planes.append(padded.to(torch.uint8 if bits == 8 else torch.uint16).contiguous())
+            self.books.append(functional.pad(book, (0, 0, 0, (1 << bits) - book.shape[0])).contiguous())
+        count = len(stages)
+        pointers = ctypes.c_void_p * count
+        fields = [("codes", pointers), ("books", pointers)]
+        fields += [(name, ctypes.c_int64) for name in ("rows", "vector_rows", "places")]
+        kind = type("Part", (ctypes.Structure,), {"_fields_": fields})
+        self.vector_rows = vector_rows
+        self.argument = kind(
+            pointers(*(plane.data_ptr() for plane in self.planes)),
+            pointers(*(book.data_ptr() for book in self.books)),
+            *(rows, vector_rows, self.places),
+        )
+
+
+class _Ending(ctypes.Structure):
+    """``Ending`` of the source."""
+
+    _fields_ = (
+        ("y", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("added", ctypes.c_void_p),
+        ("type", ctypes.c_int),
+    )
+
+
+class GatherMatrix(GpuMatrix):
+    """A weight of column vectors, its codes by stages, and products with it.
+
+    Args:
+        weight: of a layout that :func:`why_not` has nothing against.
+        launchers: of the programs; None compiles them for the weight's device.
+        blocks: see :class:`GpuMatrix`.
+    """
+
+    def __init__(self, weight: VQWeight, launchers: Launchers | None = None, blocks: int | None = None) -> None:
+        super().__init__(weight, blocks)
+        self.weight, layout = weight, weight.layout
+        self.parts: list[_Part] = []
+        if (outliers := layout.outliers) is not None:
+            codes = unpack(weight.tensors["outlier_indices"], outliers.bits, outliers.columns)
+            self.parts.append(_Part([codes], [weight.tensors["outlier_codebook"]], (outliers.bits,), self.rows))
+        dtype = weight.tensors["codebook_0"].dtype
+        books = [weight.codebook(stage)[0].to(dtype) for stage in range(len(layout.stages))]
+        self.parts.append(_Part(weight.codes(), books, layout.stages, self.rows))
+        self.launchers = [
+            launchers(part.shape) if launchers else program("gather", part.shape.macros(), self.device)
+            for part in self.parts
+        ]
+        order = torch.arange(self.inputs, device=self.device)
+        if layout.permuted:
+            order = index_dtype_to_int64(weight.tensors["permutation"])
+        pieces = []
+        for part in self.parts:
+            mine, order = order[: part.columns], order[part.columns :]
+            pieces.append(functional.pad(mine, (0, part.places * _CODES - part.columns), value=-1))
+        self.order = torch.cat(pieces).to(torch.int32).contiguous()
+        normed = layout.channel_norm == "input"
+        self.input_scales = weight.tensors["channel_scale"].float().contiguous() if normed else None
+        self.offsets = weight.tensors["channel_offset"].float().contiguous() if normed else None
+        self.scales = weight.block_scales()[:, 0].contiguous() if layout.block_scale is not None else None
+
+    def multiply(self, x: Tensor, exact: bool = False) -> Tensor:
+        n, padded = x.shape[0], self.order.shape[0]
+        kind = ctypes.c_int(TYPES[x.dtype])
+        y = torch.empty(n, self.rows, dtype=x.dtype, device=x.device)
+        moved, added = torch.empty(n, padded, device=x.device), torch.empty(n, device=x.device)
+        sums = torch.empty(n, self.rows, device=x.device) if len(self.parts) > 1 else None
+        inputs = (address(x), kind, ctypes.c_int64(self.inputs), ctypes.c_int64(padded), address(self.order))
+        norms = (address(self.input_scales), address(self.offsets), address(moved), address(added))
+        self.launchers[0].launch("octavo_order", (n, 1), THREADS, 4 * THREADS, self.stream, *inputs, *norms)
+        first = 0
+        for count in (4, 2, 1):
+            while n - first >= count:
+                column = 0
+                for number, (part, launcher) in enumerate(zip(self.parts, self.launchers, strict=True)):
+                    ending = _Ending(None, None, None, None, kind.value)
+                    if number + 1 == len(self.parts):
+                        ends = (y[first:], self.scales, self.bias, added[first:])
+                        ending = _Ending(*(address(end).value for end in ends), kind.value)
+                    start = moved[first:, column:]
+                    total = None if sums is None else sums[first:]
+                    arguments = (part.argument, address(start), ctypes.c_int64(padded), address(total))
+                    grid = (self.grid(part.vector_rows), 1)
+                    name, size = f"octavo_multiply_{count}", part.shape.shared
+                    add = ctypes.c_int(int(number > 0))
+                    launcher.launch(name, grid, THREADS, size, self.stream, *arguments, add, ending)
+                    column += part.places * _CODES
+                first += count
+        return y
+
+    def multiply_many(self, x: Tensor) -> Tensor:
+        """The whole matrix is decoded and multiplied as a dense one."""
+        return reference(x, self.weight)
+
+
+def why_not(layout: Layout) -> str:
+    """Why the kernel cannot run a layout, or an empty string."""
+    block = layout.block_scale
+    return in_words(
+        {
+            "row vectors": layout.direction == "row",
+            f"{len(layout.stages)} stages": len(layout.stages) > _MOST_STAGES,
+            f"{layout.codebook_dtype} codebooks": layout.codebook_dtype not in ("float16", "bfloat16"),
+            "low-rank codebooks": layout.codebook_rank > 0,
+            "codebooks per tile": layout.tile is not None,
+            "sign bits": layout.sign_bits,
+            "zero points": block is not None and block.zero_bits > 0,
+            "several scales in a row": block is not None and block.columns < layout.main_columns,
+            "scales of rows beside outlier columns": block is not None and layout.outliers is not None,
+            "norms of the outputs": layout.channel_norm == "output",
+            "transforms": layout.transform is not None,
+        }
+    )
+
+
+@registry.register("cuda_gather")
+class CudaGather(GpuKernel):
+    """CUDA C++: column vectors whose large books lie in the second-level cache, the matrix stays packed."""
+
+    rank = 25
+    refuses = staticmethod(why_not)
+    prepare = staticmethod(GatherMatrix)

@@ -1,0 +1,87 @@
+"""The CUDA kernels for column vectors, emulated on the CPU, held to float64; and compiled for every processor."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+
+from emulation.device import emulator
+from emulation.test_cuda_lookup import ARCHITECTURES, emulated, error, product
+from formats.strategies import random_weight
+from octavo._core import cuda
+from octavo.kernels import _gpu, cuda_gather
+from octavo.kernels.cuda_gather import GatherMatrix, Shape
+from octavo.layout import BlockScale, Layout, Outliers
+from octavo.weight import VQWeight
+
+LAYOUTS = {
+    "v8 4096": Layout((24, 40), 8, (12,), "column"),
+    "v8 65536 + 256, norm and order": Layout(
+        (61, 300), 8, (16, 8), "column", channel_norm="input", permuted=True, bias=True
+    ),
+    "v8 256 + 16": Layout((40, 9), 8, (8, 4), "column", codebook_dtype="bfloat16"),
+    "v6, scales": Layout((20, 33), 6, (8,), "column", block_scale=BlockScale(33)),
+    "v16 4096 + 4096": Layout((33, 257), 16, (12, 12), "column"),
+    "outliers": Layout(
+        (29, 70), 8, (12, 8), "column", channel_norm="input", permuted=True, outliers=Outliers(6, 4, 8), bias=True
+    ),
+}
+
+
+def matrix(weight: VQWeight, blocks: int = 2) -> GatherMatrix:
+    return GatherMatrix(weight, lambda shape: emulator("gather", shape), blocks)
+
+
+@emulated
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_products_are_those_of_the_decoded_matrix(name: str) -> None:
+    layout = LAYOUTS[name]
+    assert cuda_gather.why_not(layout) == ""
+    weight = random_weight(layout, seed=3)
+    packed, x = matrix(weight), torch.randn(7, layout.shape[1])
+    wanted = product(weight, x)
+    assert error(packed.multiply(x), wanted) < 2e-6
+    assert error(packed.multiply_many(x), wanted) < 2e-6
+    for dtype, limit in ((torch.float16, 1e-3), (torch.bfloat16, 6e-3)):
+        y = packed.multiply(x.to(dtype))
+        assert y.dtype == dtype
+        assert error(y, product(weight, x.to(dtype))) < limit
+
+
+@emulated
+def test_results_do_not_depend_on_the_number_of_blocks_or_tokens() -> None:
+    weight = random_weight(LAYOUTS["outliers"], seed=4)
+    x = torch.randn(5, 70)
+    one = matrix(weight, blocks=1).multiply(x)
+    assert torch.equal(one, matrix(weight, blocks=100).multiply(x))
+    assert torch.equal(one, torch.cat([matrix(weight).multiply(row[None]) for row in x]))
+
+
+@emulated
+def test_nan_and_infinity_reach_every_output() -> None:
+    weight = random_weight(LAYOUTS["v8 4096"], seed=5)
+    x = torch.randn(2, 40)
+    x[0, 39], x[1, 0] = math.nan, math.inf
+    assert not bool(matrix(weight).multiply(x).isfinite().any())
+
+
+def test_what_it_cannot_run_is_said() -> None:
+    assert "row vectors" in cuda_gather.why_not(Layout((16, 64), 4, (8,), "row"))
+    assert "codebooks per tile" in cuda_gather.why_not(Layout((16, 64), 8, (8,), "column", tile=(16, 32)))
+    assert "not on cpu" in cuda_gather.CudaGather.why_not(LAYOUTS["v8 4096"], torch.device("cpu"))
+
+
+@pytest.mark.skipif(bool(cuda.why_no_compiler()), reason=cuda.why_no_compiler())
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_program_compiles_without_spilling_registers(architecture: str) -> None:
+    for shape in (
+        Shape(8, (16, 8), torch.float16),
+        Shape(8, (16,), torch.bfloat16),
+        Shape(16, (16, 16), torch.float16),
+    ):
+        binary, log = cuda.compile_program(_gpu.source("gather"), shape.macros(), architecture, report=True)
+        assert binary[:4] == b"\x7fELF"
+        assert not [spill for spill in re.findall(r"(\d+) bytes spill", log) if spill != "0"], log
