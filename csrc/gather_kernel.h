@@ -126,8 +126,8 @@ struct Eight {
         if (stage.narrow != nullptr) return sum(book, stage.narrow + from, n, factor);
         return sum(book, stage.wide + from, n, factor);
     }
-    // The first two stages at once, VPTQ's large book and its residual: the look-ups of the one hide behind those of the
-    // other.
+    // The first two stages at once, VPTQ's large book and its residual: the look-ups of the one hide behind those of
+    // the other.
     template <class Book, class Factor>
     static __m256 pair(const Gather& g, int64_t from, const Factor& factor) {
         const Book large(g.stage[0]);

@@ -1,8 +1,8 @@
 #!/bin/sh
 # Builds the C++ library for 64-bit ARM and runs its tests under emulation: sh scripts/test_arm.sh FOLDER [PYTEST ARGS]
 #
-# For Debian 12 or Ubuntu on x86-64 as root: takes a cross compiler, QEMU, and Python, torch and the other packages for
-# ARM (some 700 MB in FOLDER, kept for the next time). An instruction takes some thirty times as long as a native one.
+# For Debian 12 on x86-64 as root, with a .venv of its Python 3.11: takes a cross compiler, QEMU, and Python, torch and
+# the other packages for ARM (some 700 MB in FOLDER, kept for the next time).
 set -eu
 folder=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
@@ -18,13 +18,16 @@ if [ ! -e "$folder/ready" ]; then
         cd "$folder/packages"
         version=$("$root/.venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
         set -- "python$version" "python$version-minimal" "libpython$version-stdlib" "libpython$version-minimal"
-        set -- "$@" libc6 libgcc-s1 libstdc++6 zlib1g libexpat1 libssl3 libffi8 libbz2-1.0 liblzma5 libsqlite3-0 libuuid1
+        set -- "$@" libc6 libgcc-s1 libstdc++6 zlib1g libexpat1 libssl3 libffi8 libbz2-1.0 liblzma5 libsqlite3-0
+        set -- "$@" libuuid1
         for package; do apt-get download --quiet=2 "$package:arm64"; done
         for package in *.deb; do dpkg -x "$package" "$folder/root"; done
         # The last torch whose wheel for ARM does not want CUDA, and what the tests of the library import.
         set -- torch==2.9.1 numpy filelock typing_extensions sympy networkx mpmath fsspec jinja2 markupsafe
-        set -- "$@" transformers tokenizers safetensors huggingface_hub accelerate gguf packaging pyyaml regex tqdm requests
-        set -- "$@" sentencepiece protobuf psutil hf-xet httpx httpx2 httpcore httpcore2 truststore certifi idna anyio h11
+        set -- "$@" transformers tokenizers safetensors huggingface_hub accelerate gguf packaging pyyaml
+        set -- "$@" regex tqdm requests
+        set -- "$@" sentencepiece protobuf psutil hf-xet httpx httpx2 httpcore httpcore2
+        set -- "$@" truststore certifi idna anyio h11
         set -- "$@" click shellingham charset_normalizer urllib3 typer rich markdown-it-py mdurl pygments annotated-doc
         set -- "$@" pytest iniconfig pluggy hypothesis attrs sortedcontainers beartype jaxtyping wadler-lindig
         platforms="--platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64"

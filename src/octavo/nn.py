@@ -82,6 +82,9 @@ class VQLinear(nn.Module):
         """
         if not x.is_floating_point() or x.shape[-1] != self.in_features:
             raise UsageError(f"VQLinear: input wanted floats [.., {self.in_features}], got {x.dtype} {tuple(x.shape)}.")
+        home = self._buffers["indices"].device  # type: ignore[union-attr]
+        if x.device != home:
+            raise UsageError(f"VQLinear: its tensors are on {home}, the input is on {x.device}. Move both together.")
         name = self._kernel(x.device)
         kernel = select.registry.get(name)
         if not kernel.takes(x):

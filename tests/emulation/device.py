@@ -15,16 +15,18 @@ COMPILER = shutil.which("c++") or shutil.which("g++")
 
 
 class Emulator:
-    """A :class:`octavo.kernels._gpu.Launcher` whose device is the CPU."""
+    """A :class:`octavo.kernels._gpu.Launcher` whose device is the CPU, one multiprocessor with so many blocks."""
 
-    def __init__(self, library: Path) -> None:
-        self._run = ctypes.CDLL(str(library)).octavo_emulate
+    def __init__(self, run: Any, blocks: int = 2) -> None:
+        self.run, self.blocks = run, blocks
+
+    def resident(self, name: str) -> int:
+        return self.blocks
 
     def launch(self, name: str, grid: tuple[int, int], threads: int, shared: int, stream: int, *arguments: Any) -> None:
         assert threads % 32 == 0
-        assert 0 <= shared <= 227 * 1024
         values = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
-        assert self._run(name.encode(), *grid, threads, values) == 0, name
+        assert self.run(name.encode(), *grid, threads, shared, values) == 0, name
 
 
 class Shape(Protocol):
@@ -44,6 +46,6 @@ def emulator(name: str, shape: Shape) -> Emulator:
     command = [COMPILER, *flags, *macros, str(HERE / f"{name}.cpp"), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    loaded = Emulator(library)
+    loaded = Emulator(ctypes.CDLL(str(library)).octavo_emulate)
     shutil.rmtree(folder)
     return loaded

@@ -1,5 +1,5 @@
-// CUDA C++ on a CPU, to test kernels where there is no GPU: blocks one after the other, their threads as coroutines that
-// change places at barriers and shuffles. Not fast, and blind to races between barriers; every value is real.
+// CUDA C++ on a CPU, to test kernels where there is no GPU: blocks one after the other, their threads as coroutines
+// that change places at barriers and shuffles. Not fast, and blind to races between barriers; every value is real.
 #pragma once
 
 #include <math.h>
@@ -37,7 +37,7 @@ struct Thread {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
     bool done = false;
-    int waits = 0;  // barriers that it has reached
+    int barriers = 0, shuffles = 0;  // that it has reached
 };
 
 static std::vector<Thread> threads;
@@ -52,14 +52,14 @@ inline void run_kernel() {
     swapcontext(&threads[current].context, &scheduler);
 }
 
-// Lets the others run until all of [first, last) have waited as often as this one.
-inline void wait_for(size_t first, size_t last) {
-    const int mine = ++threads[current].waits;
+// Lets the others run until all of [first, last) have reached as many of `count` as this one.
+inline void wait_for(size_t first, size_t last, int Thread::*count) {
+    const int mine = ++(threads[current].*count);
     for (;;) {
         bool all = true;
         for (size_t i = first; i < last; ++i) {
             // A thread that has left keeps nobody waiting at a barrier; in a shuffle it would be an error.
-            all = all && (threads[i].done || threads[i].waits >= mine);
+            all = all && (threads[i].done || threads[i].*count >= mine);
         }
         if (all) return;
         swapcontext(&threads[current].context, &scheduler);
@@ -69,15 +69,17 @@ inline void wait_for(size_t first, size_t last) {
 inline uint32_t shuffle(uint32_t value, int other) {
     const size_t warp = current / 32 * 32;
     lanes[current] = value;
-    wait_for(warp, warp + 32);
+    wait_for(warp, warp + 32, &Thread::shuffles);
     const size_t partner = current ^ static_cast<size_t>(other);
     if (threads[partner].done) abort();
     const uint32_t found = lanes[partner];
-    wait_for(warp, warp + 32);
+    wait_for(warp, warp + 32, &Thread::shuffles);
     return found;
 }
 
-inline void launch(Dimensions grid, unsigned count, const std::function<void()>& body) {
+// False if a block used more shared memory than it asked for, or the grid is none.
+inline bool launch(Dimensions grid, unsigned count, size_t shared, const std::function<void()>& body) {
+    if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || shared > sizeof memory) return false;
     kernel = &body;
     gridDim = grid;
     blockDim.x = count;
@@ -104,13 +106,17 @@ inline void launch(Dimensions grid, unsigned count, const std::function<void()>&
                     left -= threads[current].done;
                 }
             }
+            const uint8_t* const bytes = reinterpret_cast<const uint8_t*>(memory);
+            for (size_t i = shared; i < sizeof memory; ++i)
+                if (bytes[i] != 0xAB) return false;
         }
     }
+    return true;
 }
 
 }  // namespace emulator
 
-inline void __syncthreads() { emulator::wait_for(0, emulator::threads.size()); }
+inline void __syncthreads() { emulator::wait_for(0, emulator::threads.size(), &emulator::Thread::barriers); }
 inline uint32_t __float_as_uint(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);

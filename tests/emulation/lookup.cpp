@@ -5,12 +5,14 @@
 
 #define ARGUMENT(number, type) (*static_cast<type*>(arguments[number]))
 
-extern "C" int octavo_emulate(const char* name, unsigned grid_x, unsigned grid_y, unsigned threads, void** arguments) {
+extern "C" int octavo_emulate(const char* name, unsigned grid_x, unsigned grid_y, unsigned threads, unsigned shared,
+                              void** arguments) {
     Dimensions grid;
+    bool well = true;
     grid.x = grid_x;
     grid.y = grid_y;
     const auto is = [&](const char* other) { return strcmp(name, other) == 0; };
-    const auto run = [&](const std::function<void()>& body) { emulator::launch(grid, threads, body); };
+    const auto run = [&](const std::function<void()>& body) { well = emulator::launch(grid, threads, shared, body); };
     if (is("octavo_rotate")) {
         run([&] {
             octavo_rotate(ARGUMENT(0, const void*), ARGUMENT(1, int), ARGUMENT(2, const float*), ARGUMENT(3, int64_t),
@@ -37,5 +39,5 @@ extern "C" int octavo_emulate(const char* name, unsigned grid_x, unsigned grid_y
                      ARGUMENT(4, int));
         });
     }
-    return 0;
+    return well ? 0 : 2;
 }

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from emulation.device import emulator
+from emulation.device import Emulator, emulator
 from emulation.test_cuda_lookup import ARCHITECTURES, emulated, error, product
 from formats.strategies import random_weight
 from octavo._core import cuda
@@ -32,10 +32,11 @@ LAYOUTS = {
 
 
 def matrix(weight: VQWeight, blocks: int = 2) -> GatherMatrix:
-    return GatherMatrix(weight, lambda shape: emulator("gather", shape), blocks)
+    return GatherMatrix(weight, lambda shape: Emulator(emulator("gather", shape).run, blocks))
 
 
 @emulated
+@pytest.mark.filterwarnings("ignore:prompts through column vectors")
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_products_are_those_of_the_decoded_matrix(name: str) -> None:
     layout = LAYOUTS[name]

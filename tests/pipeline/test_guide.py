@@ -299,3 +299,34 @@ def test_reports_name_the_guide(tiny_llama: Path, tiny_text_file: Path, tmp_path
     report = quantize(tiny_llama, tmp_path / "out", **settings(tiny_text_file), progress=events.append)
     assert any("predicted KL" in e.message for e in events if e.kind == "phase")
     assert report.phases["gradients"] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"method": "universal"}, {2.0}),
+        ({"method": "universal", "options": {"shrink": 0.5, "beam": 4, "sweeps": 1}}, {0.5}),
+        ({"method": "vptq", "options": {"vector_length": 4, "centroids": 16}}, {0.0}),
+        # Heads are universal, whatever the method of the blocks.
+        ({"method": "gptq", "bits": 3, "head_bits": 4, "options": {"shrink": 3.0}}, {3.0, 2.0}),
+    ],
+)
+def test_second_moments_are_shrunk_as_the_method_says(
+    tiny_llama: Path,
+    tiny_text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    wanted: set[float],
+) -> None:
+    seen: set[float] = set()
+    matrix = HessianAccumulator.matrix
+
+    def spy(self: HessianAccumulator, shrink: float = 0.0) -> Tensor:
+        seen.add(shrink)
+        return matrix(self, shrink)
+
+    monkeypatch.setattr(HessianAccumulator, "matrix", spy)
+    common = {"bits": 2.5, "calib": str(tiny_text_file), "samples": 2, "ctx": 16}
+    quantize(tiny_llama, tmp_path / "out", **{**common, **settings})
+    assert seen == wanted

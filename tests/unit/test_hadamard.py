@@ -135,7 +135,7 @@ def test_signs_are_balanced_and_follow_from_the_generator() -> None:
 @pytest.mark.parametrize(("channels", "block"), [(64, 16), (48, 16), (8, 8), (6, 2), (5, 1)])
 def test_conjugation_is_the_transform_from_both_sides(channels: int, block: int) -> None:
     matrix = torch.randn(channels, channels, dtype=torch.float64)
-    matrix = matrix @ matrix.T
+    matrix = (matrix @ matrix.T).contiguous().T  # as a caller may have it
     before, signs = matrix.clone(), hadamard.random_signs(channels, torch.Generator().manual_seed(1)).double()
     v = torch.from_numpy(transform(channels, block, signs.numpy()))
     torch.testing.assert_close(hadamard.conjugate(matrix, signs, block), v @ matrix @ v.T)

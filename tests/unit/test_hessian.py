@@ -185,6 +185,22 @@ def test_for_independent_tokens_shrinkage_is_what_ledoit_and_wolf_say() -> None:
     assert accumulator.shrinkage() == pytest.approx(float(variance / truth[off].square().sum()), rel=0.1)
 
 
+@pytest.mark.parametrize("sizes", [(1024, 1024, 1024, 1024), (1024, 100), (900, 300, 60), (4096, 1)])
+def test_pieces_of_unlike_sizes_do_not_look_like_chance(sizes: tuple[int, ...]) -> None:
+    shares = []
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        mix = torch.randn(24, 24, generator=torch.Generator().manual_seed(0)).T
+        accumulator = HessianAccumulator(24)
+        for size in sizes:
+            accumulator.add(torch.randn(size, 24, generator=generator) @ mix)
+        shares.append(accumulator.shrinkage())
+    truth = (mix.T @ mix).double()
+    off, diagonal = ~torch.eye(24, dtype=torch.bool), truth.diagonal()
+    variance = (diagonal[:, None] * diagonal + truth.square())[off].sum() / sum(sizes)
+    assert np.mean(shares) == pytest.approx(float(variance / truth[off].square().sum()), rel=0.25)
+
+
 def test_a_shrunk_hessian_keeps_its_diagonal_and_is_nearer_to_the_truth(x: Tensor) -> None:
     mix = torch.randn(48, 48, generator=torch.Generator().manual_seed(4))
     accumulator = HessianAccumulator(48)

@@ -181,11 +181,18 @@ def test_sensitivity_refuses_what_quantizing_refuses() -> None:
         *({"passes": value} for value in (0, 11, True)),
         *({"sweeps": value} for value in (-1, 101, 1.0)),
         *({"damping": value} for value in (0, -0.1, math.inf, math.nan, "0.1")),
+        *({"shrink": value} for value in (-1, math.inf, math.nan, "2", True)),
     ],
 )
 def test_every_option_is_checked(bad: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"universal: {next(iter(bad))} wanted"):
         get("universal")(codebook=_BOOK, **bad)
+
+
+def test_only_methods_with_second_moments_can_shrink_them() -> None:
+    assert (get("universal")().shrink, get("gptq")().shrink, get("vptq")(shrink=1).shrink) == (2, 0, 1)
+    with pytest.raises(UsageError, match="rtn: there are no second moments to shrink"):
+        get("rtn")(shrink=1)
 
 
 @pytest.mark.parametrize("name", ["", "gaussian", _BOOK + "0", f"{_BOOK}/../{_BOOK}", 7])

@@ -21,7 +21,8 @@ from octavo._core.errors import ResourceError
 
 #: Where compiled programs are kept; else in the user's cache.
 CACHE = "OCTAVO_CACHE"
-_REMEDY = "pip install nvidia-cuda-nvrtc"
+_REMEDY = "pip install nvidia-cuda-nvrtc (or nvidia-cuda-nvrtc-cu12 beside a driver of CUDA 12)"
+_OPTIONS = ("--std=c++17",)
 _MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -34,16 +35,27 @@ def _nvrtc() -> ctypes.CDLL | None:
     spec = find_spec("nvidia")
     for root in (spec.submodule_search_locations or []) if spec else []:
         folders += sorted(Path(root).glob("*/lib"), reverse=True) + sorted(Path(root).glob("*/bin"), reverse=True)
-    pattern = "nvrtc64_*.dll" if sys.platform == "win32" else "libnvrtc.so*"
+    if (torch := find_spec("torch")) is not None and torch.origin:
+        folders.insert(0, Path(torch.origin).parent / "lib")
+    pattern = "nvrtc64_*_0.dll" if sys.platform == "win32" else "libnvrtc.so*"
     for path in [*(found for folder in folders for found in sorted(folder.glob(pattern))), Path("libnvrtc.so")]:
         with contextlib.suppress(OSError):
             return ctypes.CDLL(str(path))
     return None
 
 
-def why_no_compiler() -> str:
-    """What NVRTC lacks and how to get it, or an empty string."""
-    return "" if _nvrtc() is not None else f"NVRTC was not found; {_REMEDY}"
+def why_no_compiler(architecture: int = 0) -> str:
+    """Why kernels cannot be compiled (for a processor such as 90), and what to do; or an empty string."""
+    lib = _nvrtc()
+    if lib is None:
+        return f"NVRTC was not found; {_REMEDY}"
+    count = ctypes.c_int()
+    lib.nvrtcGetNumSupportedArchs(ctypes.byref(count))
+    known = (ctypes.c_int * count.value)()
+    lib.nvrtcGetSupportedArchs(known)
+    if architecture and architecture not in known:
+        return f"this NVRTC does not know sm_{architecture}, only {', '.join(map(str, known))}; {_REMEDY}"
+    return ""
 
 
 def compile_program(source: str, macros: Mapping[str, str], architecture: str, *, report: bool = False) -> Any:
@@ -55,11 +67,12 @@ def compile_program(source: str, macros: Mapping[str, str], architecture: str, *
     lib = _nvrtc()
     if lib is None:
         raise ResourceError(f"CUDA kernels cannot be compiled: {why_no_compiler()}.")
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{k}={v}" for k, v in macros.items())]
+    options = [f"--gpu-architecture={architecture}", *_OPTIONS, *(f"-D{k}={v}" for k, v in macros.items())]
     if report:
         options.append("--ptxas-options=-v")
     program = ctypes.c_void_p()
-    lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"octavo.cu", 0, None, None)
+    if lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"octavo.cu", 0, None, None):
+        raise ResourceError("NVRTC could not take a kernel's source: it is out of memory.")
     try:
         words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         failed = lib.nvrtcCompileProgram(program, len(options), words)
@@ -90,7 +103,7 @@ def cached_program(source: str, macros: Mapping[str, str], architecture: str) ->
     version = (ctypes.c_int(), ctypes.c_int())
     if lib is not None:
         lib.nvrtcVersion(ctypes.byref(version[0]), ctypes.byref(version[1]))
-    identity = repr((source, sorted(macros.items()), architecture, version[0].value, version[1].value))
+    identity = repr((source, sorted(macros.items()), _OPTIONS, architecture, version[0].value, version[1].value))
     path = _cache_folder() / f"{hashlib.sha256(identity.encode()).hexdigest()}.cubin"
     try:
         return path.read_bytes()
@@ -107,7 +120,7 @@ def _cache_folder() -> Path:
     if chosen := os.environ.get(CACHE):
         return Path(chosen)
     base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "octavo" / "kernels"
+    return Path(base or os.path.expanduser("~/.cache")) / "octavo" / "kernels"
 
 
 # ---------------------------------------------------------------------------------------------------- driver
@@ -116,47 +129,78 @@ def _cache_folder() -> Path:
 @cache
 def _driver() -> ctypes.CDLL:
     lib = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    _check(lib, lib.cuInit(0))
+    pointer, number, size = ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t
+    lib.cuModuleLoadData.argtypes = (pointer, ctypes.c_char_p)
+    lib.cuModuleGetFunction.argtypes = (pointer, pointer, ctypes.c_char_p)
+    lib.cuFuncSetAttribute.argtypes = (pointer, ctypes.c_int, ctypes.c_int)
+    lib.cuCtxPushCurrent_v2.argtypes = lib.cuCtxPopCurrent_v2.argtypes = (pointer,)
+    lib.cuLaunchKernel.argtypes = (pointer, *[number] * 7, pointer, pointer, pointer)
+    lib.cuOccupancyMaxActiveBlocksPerMultiprocessor.argtypes = (pointer, pointer, ctypes.c_int, size)
+    _check(lib, lib.cuInit(0), "cuInit")
     return lib
 
 
-def _check(lib: ctypes.CDLL, status: int) -> None:
+def _check(lib: ctypes.CDLL, status: int, what: str) -> None:
     if status:
         text = ctypes.c_char_p()
         lib.cuGetErrorString(status, ctypes.byref(text))
-        raise ResourceError(f"CUDA driver: {(text.value or b'unknown error').decode()} ({status}).")
+        reason = (text.value or b"unknown error").decode()
+        raise ResourceError(f"{what}: {reason} ({status}). OCTAVO_KERNEL=reference goes on without CUDA kernels.")
+
+
+@cache
+def _context(device: int) -> ctypes.c_void_p:
+    """The context of a device that torch uses as well, kept for as long as the process runs."""
+    lib, handle, context = _driver(), ctypes.c_int(), ctypes.c_void_p()
+    _check(lib, lib.cuDeviceGet(ctypes.byref(handle), device), f"CUDA device {device}")
+    _check(lib, lib.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), f"context of CUDA device {device}")
+    return context
 
 
 @contextlib.contextmanager
-def _context(device: int) -> Iterator[ctypes.CDLL]:
-    """The context of a device that torch uses as well, current for as long as the block runs."""
-    lib, handle, context = _driver(), ctypes.c_int(), ctypes.c_void_p()
-    _check(lib, lib.cuDeviceGet(ctypes.byref(handle), device))
-    _check(lib, lib.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle))
-    _check(lib, lib.cuCtxPushCurrent_v2(context))
+def _current(device: int) -> Iterator[ctypes.CDLL]:
+    """The context of a device, current for as long as the block runs."""
+    lib, context = _driver(), _context(device)
+    _check(lib, lib.cuCtxPushCurrent_v2(context), f"context of CUDA device {device}")
     try:
         yield lib
     finally:
-        lib.cuCtxPopCurrent_v2(ctypes.byref(context))
-        lib.cuDevicePrimaryCtxRelease_v2(handle)
+        lib.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
 
 
 class Program:
     """A compiled program on a device; its functions are launched on a stream of torch's.
 
+    Everything that the driver does once is done here, so that launches can be captured in CUDA graphs.
+
     Args:
         binary: what :func:`compile_program` gave.
         device: number of the device.
+        functions: by name, the most bytes of dynamic shared memory that each is launched with.
+        threads: of a block.
 
     Raises:
         ResourceError: the driver does not take it.
     """
 
-    def __init__(self, binary: bytes, device: int) -> None:
+    def __init__(self, binary: bytes, device: int, functions: Mapping[str, int], threads: int) -> None:
         self._device, self._module = device, ctypes.c_void_p()
-        self._functions: dict[tuple[str, int], ctypes.c_void_p] = {}
-        with _context(device) as lib:
-            _check(lib, lib.cuModuleLoadData(ctypes.byref(self._module), binary))
+        self._functions: dict[str, ctypes.c_void_p] = {}
+        self._resident: dict[str, int] = {}
+        with _current(device) as lib:
+            what = f"loading a kernel on CUDA device {device}"
+            _check(lib, lib.cuModuleLoadData(ctypes.byref(self._module), binary), what)
+            for name, shared in functions.items():
+                function, blocks = ctypes.c_void_p(), ctypes.c_int()
+                _check(lib, lib.cuModuleGetFunction(ctypes.byref(function), self._module, name.encode()), name)
+                _check(lib, lib.cuFuncSetAttribute(function, _MAX_SHARED, shared), f"{name} with {shared} bytes shared")
+                ask = lib.cuOccupancyMaxActiveBlocksPerMultiprocessor
+                _check(lib, ask(ctypes.byref(blocks), function, threads, shared), name)
+                self._functions[name], self._resident[name] = function, max(blocks.value, 1)
+
+    def resident(self, name: str) -> int:
+        """Blocks of a function that run at once on a multiprocessor."""
+        return self._resident[name]
 
     def launch(self, name: str, grid: tuple[int, int], threads: int, shared: int, stream: int, *arguments: Any) -> None:
         """Launch a function with ctypes values as arguments, and ``shared`` bytes of dynamic shared memory.
@@ -165,15 +209,7 @@ class Program:
             ResourceError: the driver refuses.
         """
         values = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
-        with _context(self._device) as lib:
-            function = self._function(lib, name, shared)
+        with _current(self._device) as lib:
             size = (*grid, 1, threads, 1, 1, shared)
-            _check(lib, lib.cuLaunchKernel(function, *size, ctypes.c_void_p(stream), values, None))
-
-    def _function(self, lib: ctypes.CDLL, name: str, shared: int) -> ctypes.c_void_p:
-        if (name, shared) not in self._functions:
-            function = ctypes.c_void_p()
-            _check(lib, lib.cuModuleGetFunction(ctypes.byref(function), self._module, name.encode()))
-            _check(lib, lib.cuFuncSetAttribute(function, _MAX_SHARED, shared))
-            self._functions[name, shared] = function
-        return self._functions[name, shared]
+            status = lib.cuLaunchKernel(self._functions[name], *size, stream, values, None)
+            _check(lib, status, f"launching {name} on a grid of {grid} with {shared} bytes shared")

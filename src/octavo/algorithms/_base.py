@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from octavo._core.config import from_dict
+from octavo._core.config import from_dict, to_dict
 from octavo._core.errors import UsageError, did_you_mean
 from octavo._core.registry import Registry
 from octavo.algorithms._choose import allocate
@@ -89,7 +89,7 @@ class Algorithm(ABC):
             raise UsageError(f"{self.name}: bits wanted {MIN_BITS}..{MAX_BITS}, got {self.bits}")
         if self.side_dtype not in ("float16", "bfloat16", "float32"):
             raise UsageError(f"{self.name}: side_dtype wanted float16, bfloat16 or float32, got {self.side_dtype!r}")
-        if not (isinstance(self.shrink, int | float) and 0 <= self.shrink < math.inf):
+        if isinstance(self.shrink, bool) or not (isinstance(self.shrink, int | float) and 0 <= self.shrink < math.inf):
             raise UsageError(f"{self.name}: shrink wanted a number >= 0, got {self.shrink!r}")
         if self.shrink and not self.needs_hessian:
             raise UsageError(f"{self.name}: there are no second moments to shrink; leave shrink out")
@@ -195,6 +195,14 @@ class Algorithm(ABC):
     @abstractmethod
     def _encode(self, problem: Problem) -> dict[str, Tensor]:
         """The method itself: every tensor of the layout except the bias."""
+
+
+def identity_options(algorithm: Algorithm) -> dict[str, Any]:
+    """The options by which a job is known: those that came later count only where they change something."""
+    options = to_dict(algorithm)
+    if not options["shrink"]:
+        del options["shrink"]
+    return options
 
 
 def check_damping(algorithm: Any) -> None:

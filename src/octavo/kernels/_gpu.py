@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from octavo._core import cuda
+from octavo._core.errors import UsageError
 from octavo.kernels.select import Kernel
 from octavo.layout import Layout
 from octavo.weight import VQWeight
@@ -27,12 +28,16 @@ THREADS = 256
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 #: From so many inputs on rows are decoded and multiplied as a dense matrix.
 _MANY = 9
-#: Blocks that run at once on a multiprocessor, 64 KB of shared memory each.
-_BLOCKS = 3
+#: The oldest processors with the memory that the kernels need.
+_OLDEST = 75
 
 
 class Launcher(Protocol):
     """What runs the functions of a compiled program."""
+
+    def resident(self, name: str) -> int:
+        """Blocks of a function that run at once on a multiprocessor."""
+        ...
 
     def launch(self, name: str, grid: tuple[int, int], threads: int, shared: int, stream: int, *arguments: Any) -> None:
         """Launch a function; see :meth:`octavo._core.cuda.Program.launch`."""
@@ -46,18 +51,25 @@ def source(name: str) -> str:
 
 
 @cache
-def _program(name: str, macros: tuple[tuple[str, str], ...], device: int) -> Launcher:
+def _program(
+    name: str, macros: tuple[tuple[str, str], ...], functions: tuple[tuple[str, int], ...], device: int
+) -> Any:
+    binary = cuda.cached_program(source(name), dict(macros), f"sm_{_architecture(device)}")
+    return cuda.Program(binary, device, dict(functions), THREADS)
+
+
+def _architecture(device: int) -> int:
     major, minor = torch.cuda.get_device_capability(device)
-    return cuda.Program(cuda.cached_program(source(name), dict(macros), f"sm_{major}{minor}"), device)
+    return 10 * major + minor
 
 
-def program(name: str, macros: Mapping[str, str], device: torch.device) -> Launcher:
-    """The compiled program on a CUDA device.
+def program(name: str, macros: Mapping[str, str], functions: Mapping[str, int], device: torch.device) -> Launcher:
+    """The compiled program of a source on a CUDA device, with the shared memory of each function in bytes.
 
     Raises:
         ResourceError: no compiler, or a driver that refuses.
     """
-    return _program(name, tuple(sorted(macros.items())), device.index or 0)
+    return _program(name, tuple(sorted(macros.items())), tuple(functions.items()), device.index or 0)
 
 
 class GpuMatrix(ABC):
@@ -65,13 +77,14 @@ class GpuMatrix(ABC):
 
     Args:
         weight: of a layout that the kernel has nothing against.
-        blocks: blocks of threads that run at once on the device; None asks the device.
     """
 
-    def __init__(self, weight: VQWeight, blocks: int | None = None) -> None:
+    def __init__(self, weight: VQWeight) -> None:
         self.device = weight.tensors["indices"].device
         self.rows, self.inputs = weight.layout.shape
-        self.blocks: int = blocks or _BLOCKS * torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.processors = 1
+        if self.device.type == "cuda":
+            self.processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         self.bias = None if weight.bias is None else weight.bias.float().contiguous()
         #: What the operator knows it by.
         self.handle = next(_numbers)
@@ -90,9 +103,13 @@ class GpuMatrix(ABC):
         """The stream that torch runs on."""
         return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
 
-    def grid(self, warps: int) -> int:
+    def blocks(self, launcher: Launcher, name: str, warps: int) -> int:
         """Blocks for so many warps, but not more than run at once: each loads the books first."""
-        return min(-(-warps // (THREADS // 32)), self.blocks)
+        return min(-(-warps // (THREADS // 32)), self.processors * launcher.resident(name))
+
+    def floats(self, *shape: int) -> Tensor:
+        """Room for float32, whatever torch's default is."""
+        return torch.empty(*shape, dtype=torch.float32, device=self.device)
 
 
 #: Matrices by number, for as long as somebody holds them: operators take tensors and numbers alone.
@@ -103,7 +120,10 @@ _numbers = itertools.count()
 @torch.library.custom_op("octavo::cuda_linear", mutates_args=())
 def cuda_linear(x: Tensor, handle: int, rows: int, exact: bool) -> Tensor:
     """W x + bias for ``x`` [n, in]: [n, rows] in its dtype; ``handle`` is that of a :class:`GpuMatrix`."""
-    matrix, x = _live[handle], x.contiguous()
+    matrix, x = _live.get(handle), x.contiguous()
+    if matrix is None or matrix.device != x.device:
+        where = "was freed" if matrix is None else f"is on {matrix.device}"
+        raise UsageError(f"octavo::cuda_linear: the matrix {where}, the inputs are on {x.device}. Move both together.")
     if x.shape[0] == 0:
         return x.new_empty(0, rows)
     return matrix.multiply_many(x) if x.shape[0] >= _MANY else matrix.multiply(x, exact)
@@ -115,7 +135,11 @@ def _(x: Tensor, handle: int, rows: int, exact: bool) -> Tensor:
 
 
 class GpuKernel(Kernel):
-    """What kernels over :class:`GpuMatrix` have in common."""
+    """What kernels over :class:`GpuMatrix` have in common.
+
+    They have been compiled and emulated, but not run on a GPU yet: until then they run where ``OCTAVO_KERNEL`` asks for
+    them, and rank behind the reference.
+    """
 
     prepares = True
     #: Why a layout cannot be run, or an empty string.
@@ -129,7 +153,12 @@ class GpuKernel(Kernel):
 
     @classmethod
     def why_not(cls, layout: Layout, device: torch.device) -> str:
-        return f"it runs on CUDA, not on {device.type}" if device.type != "cuda" else cls.refuses(layout)
+        if device.type != "cuda":
+            return f"it runs on CUDA, not on {device.type}"
+        architecture = _architecture(device.index or 0)
+        if architecture < _OLDEST:
+            return f"it wants sm_{_OLDEST} or newer, not sm_{architecture}"
+        return cuda.why_no_compiler(architecture) or cls.refuses(layout)
 
     @staticmethod
     def takes(x: Tensor) -> bool:

@@ -138,9 +138,3 @@ def transform_of(weight: VQWeight) -> tuple[int, int | None]:
     """Block of the input transform and address of its signs, as the library wants them."""
     transform = weight.layout.transform
     return (transform.input, weight.tensors["input_signs"].data_ptr()) if transform else (0, None)
-
-
-def in_words(reasons: dict[str, bool]) -> str:
-    """Why a kernel cannot run a layout, from reasons and whether they hold; empty if none does."""
-    found = [reason for reason, holds in reasons.items() if holds]
-    return f"it does not know {', '.join(found)}" if found else ""

@@ -7,17 +7,19 @@ their own, whose sums the others are added to. Centroids and inputs are not roun
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from octavo._core.clib import SlowPathWarning
 from octavo.kernels._gpu import THREADS, TYPES, GpuKernel, GpuMatrix, Launcher, address, program
-from octavo.kernels._packed import in_words
 from octavo.kernels.reference import linear as reference
-from octavo.kernels.select import registry
+from octavo.kernels.select import in_words, registry
 from octavo.layout import Layout
 from octavo.math.pack import unpack
 from octavo.stored import index_dtype_to_int64
@@ -47,8 +49,13 @@ class Shape:
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory of a block; sums of inputs want some as well."""
-        return max(self.bits.count(8) * 256 * 2 * self.vector * self.copies, 4 * THREADS)
+        """Bytes of shared memory of a block."""
+        return self.bits.count(8) * 256 * 2 * self.vector * self.copies
+
+    def functions(self) -> dict[str, int]:
+        """The functions of the program and their bytes of shared memory."""
+        products = dict.fromkeys(("octavo_multiply_1", "octavo_multiply_2", "octavo_multiply_4"), self.shared)
+        return products | {"octavo_order": 4 * THREADS}
 
     def macros(self) -> dict[str, str]:
         """As the source wants them."""
@@ -72,7 +79,9 @@ class _Part:
         for plane, book, bits in zip(codes, books, self.shape.bits, strict=True):
             padded = functional.pad(plane, (0, self.places * _CODES - columns))
             self.planes.append(padded.to(torch.uint8 if bits == 8 else torch.uint16).contiguous())
-            self.books.append(functional.pad(book, (0, 0, 0, (1 << bits) - book.shape[0])).contiguous())
+            # Those of 256 are copied whole; of larger ones no code reads beyond the end.
+            spare = 256 - book.shape[0] if bits == 8 else 0
+            self.books.append(functional.pad(book, (0, 0, 0, spare)).contiguous())
         count = len(stages)
         pointers = ctypes.c_void_p * count
         fields = [("codes", pointers), ("books", pointers)]
@@ -104,11 +113,10 @@ class GatherMatrix(GpuMatrix):
     Args:
         weight: of a layout that :func:`why_not` has nothing against.
         launchers: of the programs; None compiles them for the weight's device.
-        blocks: see :class:`GpuMatrix`.
     """
 
-    def __init__(self, weight: VQWeight, launchers: Launchers | None = None, blocks: int | None = None) -> None:
-        super().__init__(weight, blocks)
+    def __init__(self, weight: VQWeight, launchers: Launchers | None = None) -> None:
+        super().__init__(weight)
         self.weight, layout = weight, weight.layout
         self.parts: list[_Part] = []
         if (outliers := layout.outliers) is not None:
@@ -118,8 +126,8 @@ class GatherMatrix(GpuMatrix):
         books = [weight.codebook(stage)[0].to(dtype) for stage in range(len(layout.stages))]
         self.parts.append(_Part(weight.codes(), books, layout.stages, self.rows))
         self.launchers = [
-            launchers(part.shape) if launchers else program("gather", part.shape.macros(), self.device)
-            for part in self.parts
+            launchers(s) if launchers else program("gather", s.macros(), s.functions(), self.device)
+            for s in (part.shape for part in self.parts)
         ]
         order = torch.arange(self.inputs, device=self.device)
         if layout.permuted:
@@ -138,11 +146,13 @@ class GatherMatrix(GpuMatrix):
         n, padded = x.shape[0], self.order.shape[0]
         kind = ctypes.c_int(TYPES[x.dtype])
         y = torch.empty(n, self.rows, dtype=x.dtype, device=x.device)
-        moved, added = torch.empty(n, padded, device=x.device), torch.empty(n, device=x.device)
-        sums = torch.empty(n, self.rows, device=x.device) if len(self.parts) > 1 else None
+        moved, added = self.floats(n, padded), self.floats(n)
+        sums = self.floats(n, self.rows) if len(self.parts) > 1 else None
         inputs = (address(x), kind, ctypes.c_int64(self.inputs), ctypes.c_int64(padded), address(self.order))
         norms = (address(self.input_scales), address(self.offsets), address(moved), address(added))
-        self.launchers[0].launch("octavo_order", (n, 1), THREADS, 4 * THREADS, self.stream, *inputs, *norms)
+        # The first block adds the offsets up.
+        grid = (1 + -(-padded // THREADS), n)
+        self.launchers[0].launch("octavo_order", grid, THREADS, 4 * THREADS, self.stream, *inputs, *norms)
         first = 0
         for count in (4, 2, 1):
             while n - first >= count:
@@ -155,8 +165,8 @@ class GatherMatrix(GpuMatrix):
                     start = moved[first:, column:]
                     total = None if sums is None else sums[first:]
                     arguments = (part.argument, address(start), ctypes.c_int64(padded), address(total))
-                    grid = (self.grid(part.vector_rows), 1)
                     name, size = f"octavo_multiply_{count}", part.shape.shared
+                    grid = (self.blocks(launcher, name, part.vector_rows), 1)
                     add = ctypes.c_int(int(number > 0))
                     launcher.launch(name, grid, THREADS, size, self.stream, *arguments, add, ending)
                     column += part.places * _CODES
@@ -165,7 +175,18 @@ class GatherMatrix(GpuMatrix):
 
     def multiply_many(self, x: Tensor) -> Tensor:
         """The whole matrix is decoded and multiplied as a dense one."""
+        _warn_of_many()
         return reference(x, self.weight)
+
+
+@cache
+def _warn_of_many() -> None:
+    warnings.warn(
+        "prompts through column vectors decode each whole matrix at every call, for cuda_gather has no kernel for many "
+        "inputs; octavo.load(folder, decode='dense') decodes once.",
+        SlowPathWarning,
+        stacklevel=4,
+    )
 
 
 def why_not(layout: Layout) -> str:
@@ -192,6 +213,6 @@ def why_not(layout: Layout) -> str:
 class CudaGather(GpuKernel):
     """CUDA C++: column vectors whose large books lie in the second-level cache, the matrix stays packed."""
 
-    rank = 25
+    rank = -2
     refuses = staticmethod(why_not)
     prepare = staticmethod(GatherMatrix)

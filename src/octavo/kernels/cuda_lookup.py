@@ -19,8 +19,7 @@ from torch.nn import functional
 from octavo import codebooks
 from octavo.codebooks import get as get_codebook
 from octavo.kernels._gpu import THREADS, TYPES, GpuKernel, GpuMatrix, Launcher, address, program
-from octavo.kernels._packed import in_words
-from octavo.kernels.select import registry
+from octavo.kernels.select import in_words, registry
 from octavo.layout import Layout
 from octavo.math import hadamard
 from octavo.weight import VQWeight
@@ -28,6 +27,10 @@ from octavo.weight import VQWeight
 _MOST_STAGES, _MOST_BITS, _MOST_TRANSFORM = 4, 8, 256
 #: Codes of a lane at a time, rows of a warp: as in the source.
 _CODES, _ROWS = 8, 4
+#: Inputs of a transform that makes them of similar size.
+_EVEN = 64
+#: Inputs that are transformed at a time.
+_TOKENS = 4096
 #: Decoded numbers at a time: large enough for a product at full speed.
 _DECODED = 1 << 24
 
@@ -57,6 +60,11 @@ class Shape:
         """Inputs that share a scale when they are rounded."""
         return _CODES * self.vector
 
+    def functions(self) -> dict[str, int]:
+        """The functions of the program and their bytes of shared memory."""
+        products = dict.fromkeys(("octavo_multiply_1", "octavo_multiply_2", "octavo_multiply_4"), self.shared)
+        return products | {"octavo_exact": self.shared, "octavo_rotate": 0, "octavo_decode": 0}
+
     def macros(self) -> dict[str, str]:
         """As the source wants them."""
         bits = f"{{{','.join(map(str, self.bits))}}}"
@@ -82,14 +90,13 @@ class LookUpMatrix(GpuMatrix):
     Args:
         weight: of a layout that :func:`why_not` has nothing against.
         launcher: of the program; None compiles it for the weight's device.
-        blocks: see :class:`GpuMatrix`.
     """
 
-    def __init__(self, weight: VQWeight, launcher: Launcher | None = None, blocks: int | None = None) -> None:
-        super().__init__(weight, blocks)
+    def __init__(self, weight: VQWeight, launcher: Launcher | None = None) -> None:
+        super().__init__(weight)
         layout, device = weight.layout, self.device
         self.shape = shape_of(layout.vector_length, layout.stages)
-        self.launcher = launcher or program("lookup", self.shape.macros(), device)
+        self.launcher = launcher or program("lookup", self.shape.macros(), self.shape.functions(), device)
         codes, book = weight.codes(), get_codebook(layout.codebook)
         self.vectors = codes[0].shape[1]
         self.places = -(-self.vectors // _CODES)
@@ -102,10 +109,10 @@ class LookUpMatrix(GpuMatrix):
         for stage, table in enumerate(book.tables):
             self.books[stage, : table.shape[0]] = table
         self.books = self.books.to(device)
-        self.scales = torch.ones(self.rows, device=device)
+        self.scales = self.floats(self.rows).fill_(1.0)
         if layout.block_scale is not None:
             self.scales = weight.block_scales()[:, 0].contiguous()
-        self.signs, self.block = torch.ones(1, device=device), 1
+        self.signs, self.block = self.floats(1), 1
         if layout.transform is not None:
             self.signs = hadamard.unpack_signs(weight.tensors["input_signs"], self.inputs).contiguous()
             self.block = layout.transform.input
@@ -122,25 +129,29 @@ class LookUpMatrix(GpuMatrix):
     def multiply(self, x: Tensor, exact: bool = False) -> Tensor:
         n = x.shape[0]
         y = torch.empty(n, self.rows, dtype=x.dtype, device=x.device)
-        kind, blocks = ctypes.c_int(TYPES[x.dtype]), self.grid(-(-self.rows // _ROWS))
-        if exact:
-            floats = self.rotated(x)
-            self._launch("octavo_exact", (blocks, n), self.argument, address(floats), address(y), kind)
+        kind, groups = ctypes.c_int(TYPES[x.dtype]), -(-self.rows // _ROWS)
+        # Bytes are for inputs that have few digits anyway, and of which a transform has made numbers of similar size.
+        if exact or x.dtype == torch.float32 or self.block < _EVEN:
+            floats, name = self.rotated(x), "octavo_exact"
+            grid = (self.blocks(self.launcher, name, groups), n)
+            self._launch(name, grid, self.argument, address(floats), address(y), kind)
             return y
         rounded = torch.empty(n, self.padded, dtype=torch.int8, device=x.device)
-        scales = torch.empty(n, self.padded // self.shape.group, device=x.device)
+        scales = self.floats(n, self.padded // self.shape.group)
         self._rotate(x, rounded, scales, None)
         first = 0
         for count in (4, 2, 1):
             while n - first >= count:
                 inputs = (address(rounded[first:]), address(scales[first:]), address(y[first:]))
-                self._launch(f"octavo_multiply_{count}", (blocks, 1), self.argument, *inputs, kind)
+                name = f"octavo_multiply_{count}"
+                self._launch(name, (self.blocks(self.launcher, name, groups), 1), self.argument, *inputs, kind)
                 first += count
         return y
 
     def multiply_many(self, x: Tensor) -> Tensor:
         """Blocks of rows are decoded in the dtype of ``x`` and multiplied as dense matrices."""
-        moved = self.rotated(x)[:, : self.inputs].to(x.dtype)
+        parts = [self.rotated(part)[:, : self.inputs].to(x.dtype) for part in x.split(_TOKENS)]
+        moved = torch.cat(parts) if len(parts) > 1 else parts[0]
         y = torch.empty(x.shape[0], self.rows, dtype=x.dtype, device=x.device)
         step = max(_DECODED // self.inputs, 1)
         for first in range(0, self.rows, step):
@@ -151,7 +162,7 @@ class LookUpMatrix(GpuMatrix):
 
     def rotated(self, x: Tensor) -> Tensor:
         """The transform of ``x`` [n, in]: [n, padded] float32, zeros at the end."""
-        floats = torch.empty(x.shape[0], self.padded, device=x.device)
+        floats = self.floats(x.shape[0], self.padded)
         self._rotate(x, None, None, floats)
         return floats
 
@@ -211,6 +222,6 @@ def why_not(layout: Layout) -> str:
 class CudaLookUp(GpuKernel):
     """CUDA C++: centroids of eight bits in shared memory, the matrix stays packed."""
 
-    rank = 30
+    rank = -1
     refuses = staticmethod(why_not)
     prepare = staticmethod(LookUpMatrix)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from octavo._core import clib
-from octavo.kernels._packed import PackedKernel, PackedMatrix, in_words, transform_of
-from octavo.kernels.select import registry
+from octavo.kernels._packed import PackedKernel, PackedMatrix, transform_of
+from octavo.kernels.select import in_words, registry
 from octavo.layout import Layout
 from octavo.stored import index_dtype_to_int64
 from octavo.weight import VQWeight

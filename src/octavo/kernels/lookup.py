@@ -12,8 +12,8 @@ import ctypes
 import torch
 
 from octavo._core import clib
-from octavo.kernels._packed import PackedKernel, PackedMatrix, in_words, transform_of
-from octavo.kernels.select import registry
+from octavo.kernels._packed import PackedKernel, PackedMatrix, transform_of
+from octavo.kernels.select import in_words, registry
 from octavo.layout import Layout
 from octavo.weight import VQWeight
 

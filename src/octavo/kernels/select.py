@@ -92,6 +92,12 @@ def choose(layout: Layout, device: torch.device) -> tuple[str, str]:
     return best, f"no faster kernel can run ({'; '.join(faster)})" if faster else "the fastest kernel there is"
 
 
+def in_words(reasons: dict[str, bool]) -> str:
+    """Why a kernel cannot run a layout, from reasons and whether they hold; empty if none does."""
+    found = [reason for reason, holds in reasons.items() if holds]
+    return f"it does not know {', '.join(found)}" if found else ""
+
+
 def table() -> list[Row]:
     """All kernels, fastest first, and whether this machine can run them."""
     rows = []

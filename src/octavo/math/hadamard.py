@@ -56,12 +56,12 @@ def forward(x: Tensor, signs: Tensor, block: int) -> Tensor:
 def conjugate(matrix: Tensor, signs: Tensor, block: int) -> Tensor:
     """``V M V^T`` for a symmetric M [channels, channels], V = H diag(s): what the transform makes of a Hessian.
 
-    By products, several times as fast as butterflies on large matrices; files do not depend on how it rounds.
+    By products, several times as fast as butterflies on large matrices; decoding does not use it.
     """
     small = hadamard(torch.eye(block, dtype=matrix.dtype, device=matrix.device), block)
     with exact_float32():
         for _ in range(2):
-            matrix = ((matrix * signs).view(-1, block) @ small).view_as(matrix).T.contiguous()
+            matrix = ((matrix * signs).reshape(-1, block) @ small).view_as(matrix).T.contiguous()
     return matrix
 
 

@@ -37,7 +37,7 @@ class HessianAccumulator:
         self.tokens = 0
         self.bad_tokens = 0
         self._pieces = 0
-        #: Sum of the squares of what each piece adds off the diagonal.
+        #: Sum over pieces of the squares of what each adds off the diagonal, per token of it.
         self._squares = 0.0
 
     @property
@@ -66,7 +66,7 @@ class HessianAccumulator:
             for start in range(0, self.in_features, _TILE):
                 product = x[:, start : start + _TILE].T @ x[:, start:]
                 self._sum[start : start + _TILE, start:].add_(product)
-                self._squares += _off_diagonal_square(product)
+                self._squares += _off_diagonal_square(product) / x.shape[0]
 
     def matrix(self, shrink: float = 0.0) -> Tensor:
         """H [in, in], float32, normalised by the number of tokens (zeros when there were none).
@@ -86,14 +86,15 @@ class HessianAccumulator:
         """The share of chance in what H has off its diagonal, 0 to 1: sum of variances over sum of squares.
 
         (1 - share) H + share diag(H) has the least expected squared distance to the H of endless text (Ledoit and Wolf
-        2004). The variance is that between pieces of 1,024 tokens, since neighbouring tokens are alike, and since token
-        weights let few of them count; with fewer than two pieces it is unknown and taken as 0.
+        2004). The variance is that between pieces of at most 1,024 tokens, since neighbouring tokens are alike, and
+        since token weights let few of them count; with fewer than two pieces it is unknown and taken as 0.
         """
         if self._pieces < 2:
             return 0.0
         starts = range(0, self.in_features, _TILE)
         total = sum(_off_diagonal_square(self._sum[start : start + _TILE, start:]) for start in starts)
-        variance = (self._squares - total / self._pieces) * self._pieces / (self._pieces - 1)
+        # A piece of n_p of n tokens has the variance n_p v; v = sum_p (S_p - n_p S / n)^2 / n_p / (pieces - 1).
+        variance = (self._squares - total / self.tokens) * self.tokens / (self._pieces - 1)
         return min(max(variance / total, 0.0), 1.0) if total > 0 and math.isfinite(variance) else 0.0
 
     def check(self, where: str) -> None:

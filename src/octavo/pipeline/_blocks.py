@@ -56,8 +56,6 @@ class BlockWalk(Reporter):
         self.clock = Clock()
         #: How far targets make up for what earlier blocks lost, and what enters the next block in the original model.
         self.catch_up = 0.0
-        #: How far second moments are drawn towards their diagonal.
-        self.shrink = 0.0
         self.originals: list[Tensor] = []
 
     def guide(
@@ -184,7 +182,8 @@ class BlockWalk(Reporter):
         noted, hessian = len(self.notes), None
         if tokens is not None:
             with self.clock.phase("statistics"):
-                hessian = self._usable(head_statistics(causal, tokens, hidden), causal.ends.head)
+                shrink = head_algorithm(algorithm).shrink
+                hessian = self._usable(head_statistics(causal, tokens, hidden), causal.ends.head, shrink)
             if hessian is not None and causal.ends.tied:
                 hessian = tied_hessian(hessian)
         tensors: dict[str, Tensor] = {}
@@ -283,7 +282,7 @@ class BlockWalk(Reporter):
                 accumulator = captured.hessians[name.removeprefix(prefix)]
                 # q/k/v (and gate/up) share an accumulator: one matrix for all of them, one check.
                 if id(accumulator) not in hessians:
-                    hessians = {id(accumulator): self._usable(accumulator, name)}
+                    hessians = {id(accumulator): self._usable(accumulator, name, algorithm.shrink)}
                 hessian = hessians[id(accumulator)]
             original = target = causal.weight(name)
             if hessian is not None and captured is not None and captured.drifts:
@@ -313,12 +312,12 @@ class BlockWalk(Reporter):
                 decoded = weight.dequantize()
                 causal.set_weight(block, name, decoded, weight.bias)
                 if rows[position].error is not None and captured is not None:
-                    hessian = captured.hessians[name.removeprefix(prefix)].matrix(self.shrink)
+                    hessian = captured.hessians[name.removeprefix(prefix)].matrix(algorithm.shrink)
                     error = proxy_loss(causal.weight(name), decoded, hessian)
                     rows[position] = replace(rows[position], error=error)
         return tuned.weights, rows, tuned.norms, report
 
-    def _usable(self, accumulator: Any, name: str) -> Tensor | None:
+    def _usable(self, accumulator: Any, name: str, shrink: float) -> Tensor | None:
         """The Hessian, or None where ``on_bad_hessian`` allows to go on without."""
         if accumulator.bad_tokens:
             self.note(f"{name}: left out {accumulator.bad_tokens} non-finite calibration rows")
@@ -332,4 +331,4 @@ class BlockWalk(Reporter):
         if accumulator.tokens == 0:
             self.note(f"{name}: no calibration token reached it; quantized without statistics")
             return None
-        return accumulator.matrix(self.shrink)
+        return accumulator.matrix(shrink)

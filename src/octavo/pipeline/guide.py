@@ -34,10 +34,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from octavo._core import io
-from octavo._core.config import to_dict
 from octavo._core.errors import FormatError, UsageError
 from octavo._core.seeds import generator
 from octavo.algorithms import Algorithm
+from octavo.algorithms._base import identity_options
 from octavo.calibration.data import Tokens
 from octavo.calibration.gradients import backpropagate, token_weights
 from octavo.math.hessian import HessianAccumulator
@@ -143,7 +143,7 @@ def find(
         FormatError, UsageError: as :meth:`Guide.load`.
         OctavoError: as :func:`measure`.
     """
-    options = to_dict(algorithm)
+    options = identity_options(algorithm)
     del options["bits"]
     identity = {
         "model": causal.fingerprint(),
@@ -234,7 +234,8 @@ class _Collector:
             # The sum over tokens per calibration token: experts that few tokens reach matter little.
             total = hessian.matrix(self._algorithm.shrink) * (hessian.tokens / self._tokens)
             weight = self._causal.weight(name)
-            # The same numbers as when it is quantized: transforms draw the same signs.
+            # Transforms draw the same signs as when it is quantized. Token weights are not capped here: an importance
+            # is what errors cost, whoever feels them.
             shape = (weight.shape[0], weight.shape[1])
             rng = generator(self._seed, self._algorithm.stream(name, shape))
             self._importance[name] = 0.5 * self._algorithm.sensitivity(weight, total, rng, name)

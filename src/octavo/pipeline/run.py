@@ -17,6 +17,7 @@ from octavo._core import io
 from octavo._core.config import from_dict, to_dict
 from octavo._core.errors import NumericalError, UsageError
 from octavo.algorithms import Algorithm
+from octavo.algorithms._base import identity_options
 from octavo.calibration.data import Tokens, window_length
 from octavo.layout import SideDtype
 from octavo.models.adapter import CausalModel
@@ -175,7 +176,6 @@ def quantize(
                 job.note(warning)
             if os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"):
                 job.note("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set: on a GPU it makes products inexact; unset it")
-            job.shrink = algorithm.shrink
             job.catch_up = algorithm.catch_up if catch_up is None else catch_up
             needs_text = algorithm.needs_hessian or guided != "none" or block_options is not None
             tokens = calibration(causal, str(calib), samples, ctx, seed) if needs_text else None
@@ -184,7 +184,7 @@ def quantize(
             identity = {
                 "octavo": octavo.__version__,
                 "method": algorithm.name,
-                "options": to_dict(algorithm),
+                "options": identity_options(algorithm),
                 "model": causal.fingerprint(),
                 "calibration": token_identity(tokens) if tokens else None,
                 "seed": seed,

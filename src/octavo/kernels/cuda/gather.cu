@@ -3,13 +3,13 @@
 // Compiled once per layout, with these macros:
 //   VECTOR    weights of a vector, consecutive outputs of one input
 //   STAGES    additive books, 1 to 4
-//   BITS      the bits of a code of each stage, in braces: 8 (books of 256, in shared memory) or 16 (in global memory)
+//   BITS      bits of a code of each stage, in braces: 8 (books of 256, in shared memory) or 16 (in global memory)
 //   COPIES    how often a centroid stands in shared memory, so that lanes rarely wait for each other
 //   BOOKS     the type of the books: kFloat16 or kBfloat16
 //
 // A large book comes from the second-level cache, 32 bytes for every code whatever the centroid's size, and that bounds
-// this: centroids stay as they are stored. A warp has a row of vectors, a lane kCodes neighbouring inputs of it at a time;
-// norms and order are those of the inputs, seen to once.
+// this: centroids stay as they are stored. A warp has a row of vectors, a lane kCodes neighbouring inputs of it at a
+// time; norms and order are those of the inputs, seen to once.
 
 constexpr int kBits[STAGES] = BITS;
 constexpr int kCodes = 8;
@@ -30,22 +30,25 @@ struct Ending {
 };
 
 // x [tokens][in] of `type` in the order of the parts and scaled, zeros up to `padded`; added[token] = sum offset_i x_i.
-// order [padded] says which input stands where, -1 for none. A block per token.
+// order [padded] says which input stands where, -1 for none. Grid (1 + padded / kThreads up, tokens): the first block
+// of a token adds up, the others move.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     octavo_order(const void* x, int type, int64_t in, int64_t padded, const int* order, const float* scales,
                  const float* offsets, float* moved, float* added) {
     extern __shared__ uint4 memory[];
-    float* const partial = reinterpret_cast<float*>(memory);
-    const int64_t token = blockIdx.x;
-#pragma unroll 1
-    for (int64_t i = threadIdx.x; i < padded; i += kThreads) {
+    const int64_t token = blockIdx.y;
+    if (blockIdx.x > 0) {
+        const int64_t i = (blockIdx.x - 1) * static_cast<int64_t>(kThreads) + threadIdx.x;
+        if (i >= padded) return;
         const int from = order[i];
         const float value = from < 0 ? 0.0f : load_as_float(x, token * in + from, type);
         moved[token * padded + i] = from < 0 || scales == nullptr ? value : value * scales[from];
+        return;
     }
+    float* const partial = reinterpret_cast<float*>(memory);
     float sum = 0.0f;
     if (offsets != nullptr) {
-#pragma unroll 1
+#pragma unroll 8
         for (int64_t i = threadIdx.x; i < in; i += kThreads) sum += offsets[i] * load_as_float(x, token * in + i, type);
     }
     partial[threadIdx.x] = sum;
@@ -61,7 +64,7 @@ DEVICE float book_to_float(uint16_t element) {
     return BOOKS == kFloat16 ? half_to_float(element) : bits_to_float(static_cast<uint32_t>(element) << 16);
 }
 
-// Adds a centroid to weights. Those of even length are read by words, of eight elements at once.
+// Adds a centroid to weights, eight elements at once where its length allows.
 DEVICE void add_centroid(const uint16_t* at, float (&weights)[VECTOR]) {
     if (VECTOR % 8 == 0) {
         for (int q = 0; q < VECTOR / 8; ++q) {

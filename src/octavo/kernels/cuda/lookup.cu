@@ -34,7 +34,7 @@ struct Matrix {
 // ---------------------------------------------------------------------------------------------------- inputs
 
 // Signs, Hadamard blocks of `block` (a power of two up to 256, or 1), and the rounding to bytes by groups.
-// x [tokens][in] of `type`; bytes [tokens][padded], scales [tokens][padded / kGroup], padded being a multiple of kGroup.
+// x [tokens][in] of `type`; bytes [tokens][padded], scales [tokens][padded / kGroup], padded a multiple of kGroup.
 // With `floats`, [tokens][padded] float32, nothing is rounded. A warp has 256 inputs; grid (padded / 256 up, tokens).
 extern "C" __global__ void octavo_rotate(const void* x, int type, const float* signs, int64_t in, int64_t padded,
                                          int block, int8_t* bytes, float* scales, float* floats) {
@@ -83,7 +83,8 @@ extern "C" __global__ void octavo_rotate(const void* x, int type, const float* s
     const float step = largest > 0.0f || largest != largest ? largest / 127.0f : 1.0f, back = 1.0f / step;
     if (first >= padded) return;
     for (int j = 0; j < 8; ++j)
-        bytes[token * padded + first + j] = largest != largest ? 1 : static_cast<int8_t>(__float2int_rn(values[j] * back));
+        bytes[token * padded + first + j] =
+            largest != largest ? 1 : static_cast<int8_t>(__float2int_rn(values[j] * back));
     if (first % kGroup == 0) scales[token * (padded / kGroup) + first / kGroup] = step;
 }
 
@@ -291,8 +292,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) octavo_exact(Matrix m,
 }
 
 // Rows [first, first + rows) as numbers of `type`, [rows][in], before their transform; a thread decodes a vector.
-extern "C" __global__ void __launch_bounds__(kThreads, 1) octavo_decode(Matrix m, int64_t first, int64_t rows, int64_t in,
-                                                                    void* to, int type) {
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    octavo_decode(Matrix m, int64_t first, int64_t rows, int64_t in, void* to, int type) {
     const int64_t places = (m.vectors + kCodes - 1) / kCodes;
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
 #pragma unroll 1
