@@ -10,6 +10,7 @@
 
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -114,7 +115,42 @@ inline bool launch(Dimensions grid, unsigned count, size_t shared, const std::fu
     return true;
 }
 
+// Calls a kernel with arguments that a driver would be given: one address each.
+template <class... Types, size_t... I>
+void call(void (*function)(Types...), void** arguments, std::index_sequence<I...>) {
+    function(*static_cast<Types*>(arguments[I])...);
+}
+
+struct Kernel {
+    const char* name;
+    std::function<void(void**)> call;
+};
+
+template <class... Types>
+Kernel kernel_of(const char* name, void (*function)(Types...)) {
+    return {name, [function](void** arguments) { call(function, arguments, std::index_sequence_for<Types...>{}); }};
+}
+
+// 0, or 1 if there is no such kernel, or 2 as launch() says.
+inline int run(const std::vector<Kernel>& kernels, const char* name, Dimensions grid, unsigned count, size_t shared,
+               void** arguments) {
+    for (const Kernel& one : kernels)
+        if (strcmp(one.name, name) == 0) return launch(grid, count, shared, [&] { one.call(arguments); }) ? 0 : 2;
+    return 1;
+}
+
 }  // namespace emulator
+
+#define KERNEL(name) emulator::kernel_of(#name, name)
+// What Python calls: a kernel of these by its name, as cuLaunchKernel would run it.
+#define EMULATE(...)                                                                                              \
+    extern "C" int octavo_emulate(const char* name, unsigned grid_x, unsigned grid_y, unsigned count,             \
+                                  unsigned shared, void** arguments) {                                            \
+        Dimensions grid;                                                                                          \
+        grid.x = grid_x;                                                                                          \
+        grid.y = grid_y;                                                                                          \
+        return emulator::run({__VA_ARGS__}, name, grid, count, shared, arguments);                                \
+    }
 
 inline void __syncthreads() { emulator::wait_for(0, emulator::threads.size(), &emulator::Thread::barriers); }
 inline uint32_t __float_as_uint(float value) {

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from emulation.device import Emulator, emulator
-from emulation.test_cuda_lookup import ARCHITECTURES, emulated, error, product
+from emulation.test_cuda_lookup import ARCHITECTURES, emulated
 from formats.strategies import random_weight
 from octavo._core import cuda
 from octavo.kernels import _gpu, cuda_gather
 from octavo.kernels.cuda_gather import GatherMatrix, Shape
 from octavo.layout import BlockScale, Layout, Outliers
 from octavo.weight import VQWeight
+from ops.products import error, multiplied
 
 LAYOUTS = {
     "v8 4096": Layout((24, 40), 8, (12,), "column"),
@@ -43,13 +44,13 @@ def test_products_are_those_of_the_decoded_matrix(name: str) -> None:
     assert cuda_gather.why_not(layout) == ""
     weight = random_weight(layout, seed=3)
     packed, x = matrix(weight), torch.randn(7, layout.shape[1])
-    wanted = product(weight, x)
+    wanted = multiplied(weight, x)
     assert error(packed.multiply(x), wanted) < 2e-6
     assert error(packed.multiply_many(x), wanted) < 2e-6
     for dtype, limit in ((torch.float16, 1e-3), (torch.bfloat16, 6e-3)):
         y = packed.multiply(x.to(dtype))
         assert y.dtype == dtype
-        assert error(y, product(weight, x.to(dtype))) < limit
+        assert error(y, multiplied(weight, x.to(dtype))) < limit
 
 
 @emulated

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from emulation.device import COMPILER, Emulator, emulator
 from formats.strategies import random_weight
@@ -20,6 +19,7 @@ from octavo.kernels import _gpu, cuda_lookup
 from octavo.kernels.cuda_lookup import LookUpMatrix, shape_of, shapes
 from octavo.layout import BlockScale, Layout, Transform
 from octavo.weight import VQWeight
+from ops.products import error, multiplied
 
 emulated = pytest.mark.skipif(
     COMPILER is None or sys.platform != "linux",
@@ -53,15 +53,6 @@ def matrix(weight: VQWeight, blocks: int = 2) -> LookUpMatrix:
     return LookUpMatrix(weight, Emulator(emulator("lookup", shape).run, blocks))
 
 
-def product(weight: VQWeight, x: Tensor) -> Tensor:
-    y = x.double() @ weight.dequantize().double().T
-    return y if weight.bias is None else y + weight.bias.double()
-
-
-def error(got: Tensor, wanted: Tensor) -> float:
-    return float((got.double() - wanted).norm() / wanted.norm())
-
-
 @emulated
 @pytest.mark.parametrize("name", BOOKS)
 def test_products_are_those_of_the_decoded_matrix(name: str) -> None:
@@ -71,7 +62,7 @@ def test_products_are_those_of_the_decoded_matrix(name: str) -> None:
         weight = weight_of(name, shape, bias=shape[0] % 2 == 1, seed=shape[0])
         packed = matrix(weight)
         x = torch.randn(7, shape[1], generator=generator)
-        wanted = product(weight, x)
+        wanted = multiplied(weight, x)
         assert error(packed.multiply(x), wanted) < 1e-6
         assert error(packed.multiply_many(x), wanted) < 1e-6
         rounded = packed.multiply(x.half())
@@ -86,7 +77,7 @@ def test_products_are_those_of_the_decoded_matrix(name: str) -> None:
 def test_half_precision_goes_in_and_out(dtype: torch.dtype) -> None:
     weight = weight_of(BOOKS[0], (37, 320), bias=True)
     packed, x = matrix(weight), torch.randn(3, 320).to(dtype)
-    wanted = product(weight, x)
+    wanted = multiplied(weight, x)
     limit = 3e-3 if dtype == torch.bfloat16 else 5e-4
     assert packed.multiply(x).dtype == dtype
     assert error(packed.multiply(x, exact=True), wanted) < limit
@@ -120,7 +111,7 @@ def test_conversions_are_those_of_torch() -> None:
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 def test_torchs_default_dtype_is_of_no_account(default: torch.dtype) -> None:
     weight, x = weight_of(BOOKS[0], (37, 320), bias=True), torch.randn(3, 320)
-    wanted, before = product(weight, x), torch.get_default_dtype()
+    wanted, before = multiplied(weight, x), torch.get_default_dtype()
     torch.set_default_dtype(default)
     try:
         packed = matrix(weight)
@@ -159,7 +150,7 @@ def test_zeros_nan_and_infinity_reach_what_they_should() -> None:
     torch.testing.assert_close(y[0], weight.bias.half())
     assert not bool(y[1].isfinite().any())
     assert not bool(y[2].isfinite().any())
-    assert error(y[3:], product(weight, x[3:])) < LIMIT
+    assert error(y[3:], multiplied(weight, x[3:])) < LIMIT
 
 
 @emulated
@@ -184,7 +175,7 @@ def test_the_operator_is_one_that_torch_can_trace() -> None:
         _gpu.cuda_linear(torch.randn(1, 64), 1 << 40, 24, False)
     traced = torch.compile(lambda x: _gpu.cuda_linear(x, packed.handle, 24, True) + 1, backend="eager")
     x = torch.randn(2, 64).T.contiguous().T
-    assert error(traced(x) - 1, product(weight, x)) < 1e-6
+    assert error(traced(x) - 1, multiplied(weight, x)) < 1e-6
 
 
 def test_what_it_cannot_run_is_said() -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional
 
 from emulation.test_cuda_gather import LAYOUTS
-from emulation.test_cuda_lookup import BOOKS, LIMIT, error, product, weight_of
+from emulation.test_cuda_lookup import BOOKS, LIMIT, weight_of
 from formats.strategies import random_weight
 from octavo.kernels import _gpu, select
 from octavo.kernels.cuda_lookup import LookUpMatrix
 from octavo.nn import VQLinear
+from ops.products import error, multiplied
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +27,7 @@ def test_products_are_those_of_the_decoded_matrix(name: str, shape: tuple[int, i
     packed = LookUpMatrix(weight)
     for n in (1, 2, 7, 8, 300):
         x = torch.randn(n, shape[1], device=GPU)
-        wanted = functional.linear(x.double(), weight.dequantize(torch.float64), weight.bias.double())  # type: ignore[union-attr]
+        wanted = multiplied(weight, x)
         assert error(packed.multiply(x.half()), wanted) < LIMIT
         assert error(packed.multiply(x), wanted) < 1e-5
         assert error(packed.multiply_many(x), wanted) < 2e-3, "TF32 at most"
@@ -42,7 +42,7 @@ def test_a_layer_on_the_gpu_takes_this_kernel(dtype: torch.dtype, monkeypatch: p
         x = torch.randn(n, 512, device=GPU, dtype=dtype)
         y = layer(x)
         assert y.dtype == dtype
-        assert error(y.cpu(), product(weight, x.cpu())) < 2 * LIMIT
+        assert error(y.cpu(), multiplied(weight, x.cpu())) < 2 * LIMIT
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -52,7 +52,7 @@ def test_column_vectors_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = VQLinear.from_weight(weight).to(GPU)
     for n in (1, 3, 8, 40):
         x = torch.randn(n, weight.layout.shape[1], device=GPU)
-        assert error(layer(x).cpu(), product(weight, x.cpu())) < 2e-3, "TF32 at most"
+        assert error(layer(x).cpu(), multiplied(weight, x.cpu())) < 2e-3, "TF32 at most"
 
 
 def test_it_runs_in_graphs_and_on_other_streams() -> None:

@@ -7,7 +7,7 @@ import itertools
 import os
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any, ClassVar, Protocol
@@ -25,6 +25,7 @@ from octavo.weight import VQWeight
 EXACT = "OCTAVO_EXACT"
 #: As in the sources.
 THREADS = 256
+COUNTS = (4, 2, 1)
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 #: From so many inputs on rows are decoded and multiplied as a dense matrix.
 _MANY = 9
@@ -70,6 +71,26 @@ def program(name: str, macros: Mapping[str, str], functions: Mapping[str, int], 
         ResourceError: no compiler, or a driver that refuses.
     """
     return _program(name, tuple(sorted(macros.items())), tuple(functions.items()), device.index or 0)
+
+
+def macros_of(vector: int, bits: Sequence[int], copies: int) -> dict[str, str]:
+    """What every source is compiled with: vector length, bits of the codes of all stages, copies of a centroid."""
+    listed = f"{{{','.join(map(str, bits))}}}"
+    return {"VECTOR": str(vector), "STAGES": str(len(bits)), "BITS": listed, "COPIES": str(copies)}
+
+
+def product_of(count: int) -> str:
+    """The function of every source for so many inputs."""
+    return f"octavo_multiply_{count}"
+
+
+def portions(inputs: int) -> Iterator[tuple[int, int]]:
+    """(first, count) of the products that so many inputs take."""
+    first = 0
+    for count in COUNTS:
+        while inputs - first >= count:
+            yield first, count
+            first += count
 
 
 class GpuMatrix(ABC):

@@ -17,7 +17,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from octavo._core.clib import SlowPathWarning
-from octavo.kernels._gpu import THREADS, TYPES, GpuKernel, GpuMatrix, Launcher, address, program
+from octavo.kernels._gpu import (
+    COUNTS,
+    THREADS,
+    TYPES,
+    GpuKernel,
+    GpuMatrix,
+    Launcher,
+    address,
+    macros_of,
+    portions,
+    product_of,
+    program,
+)
 from octavo.kernels.reference import linear as reference
 from octavo.kernels.select import in_words, registry
 from octavo.layout import Layout
@@ -54,14 +66,12 @@ class Shape:
 
     def functions(self) -> dict[str, int]:
         """The functions of the program and their bytes of shared memory."""
-        products = dict.fromkeys(("octavo_multiply_1", "octavo_multiply_2", "octavo_multiply_4"), self.shared)
+        products = dict.fromkeys(map(product_of, COUNTS), self.shared)
         return products | {"octavo_order": 4 * THREADS}
 
     def macros(self) -> dict[str, str]:
         """As the source wants them."""
-        bits = f"{{{','.join(map(str, self.bits))}}}"
-        names = {"VECTOR": self.vector, "STAGES": len(self.bits), "BITS": bits, "COPIES": self.copies}
-        return {name: str(value) for name, value in names.items()} | {"BOOKS": _BOOKS[self.dtype]}
+        return macros_of(self.vector, self.bits, self.copies) | {"BOOKS": _BOOKS[self.dtype]}
 
 
 #: Makes the launcher of a shape.
@@ -153,24 +163,20 @@ class GatherMatrix(GpuMatrix):
         # The first block adds the offsets up.
         grid = (1 + -(-padded // THREADS), n)
         self.launchers[0].launch("octavo_order", grid, THREADS, 4 * THREADS, self.stream, *inputs, *norms)
-        first = 0
-        for count in (4, 2, 1):
-            while n - first >= count:
-                column = 0
-                for number, (part, launcher) in enumerate(zip(self.parts, self.launchers, strict=True)):
-                    ending = _Ending(None, None, None, None, kind.value)
-                    if number + 1 == len(self.parts):
-                        ends = (y[first:], self.scales, self.bias, added[first:])
-                        ending = _Ending(*(address(end).value for end in ends), kind.value)
-                    start = moved[first:, column:]
-                    total = None if sums is None else sums[first:]
-                    arguments = (part.argument, address(start), ctypes.c_int64(padded), address(total))
-                    name, size = f"octavo_multiply_{count}", part.shape.shared
-                    grid = (self.blocks(launcher, name, part.vector_rows), 1)
-                    add = ctypes.c_int(int(number > 0))
-                    launcher.launch(name, grid, THREADS, size, self.stream, *arguments, add, ending)
-                    column += part.places * _CODES
-                first += count
+        for first, count in portions(n):
+            column, name = 0, product_of(count)
+            for number, (part, launcher) in enumerate(zip(self.parts, self.launchers, strict=True)):
+                ending = _Ending(None, None, None, None, kind.value)
+                if number + 1 == len(self.parts):
+                    ends = (y[first:], self.scales, self.bias, added[first:])
+                    ending = _Ending(*(address(end).value for end in ends), kind.value)
+                start = moved[first:, column:]
+                total = None if sums is None else sums[first:]
+                arguments = (part.argument, address(start), ctypes.c_int64(padded), address(total))
+                grid = (self.blocks(launcher, name, part.vector_rows), 1)
+                add = ctypes.c_int(int(number > 0))
+                launcher.launch(name, grid, THREADS, part.shape.shared, self.stream, *arguments, add, ending)
+                column += part.places * _CODES
         return y
 
     def multiply_many(self, x: Tensor) -> Tensor:

@@ -18,7 +18,19 @@ from torch.nn import functional
 
 from octavo import codebooks
 from octavo.codebooks import get as get_codebook
-from octavo.kernels._gpu import THREADS, TYPES, GpuKernel, GpuMatrix, Launcher, address, program
+from octavo.kernels._gpu import (
+    COUNTS,
+    THREADS,
+    TYPES,
+    GpuKernel,
+    GpuMatrix,
+    Launcher,
+    address,
+    macros_of,
+    portions,
+    product_of,
+    program,
+)
 from octavo.kernels.select import in_words, registry
 from octavo.layout import Layout
 from octavo.math import hadamard
@@ -62,14 +74,12 @@ class Shape:
 
     def functions(self) -> dict[str, int]:
         """The functions of the program and their bytes of shared memory."""
-        products = dict.fromkeys(("octavo_multiply_1", "octavo_multiply_2", "octavo_multiply_4"), self.shared)
+        products = dict.fromkeys(map(product_of, COUNTS), self.shared)
         return products | {"octavo_exact": self.shared, "octavo_rotate": 0, "octavo_decode": 0}
 
     def macros(self) -> dict[str, str]:
         """As the source wants them."""
-        bits = f"{{{','.join(map(str, self.bits))}}}"
-        names = {"VECTOR": self.vector, "STAGES": len(self.bits), "BITS": bits, "COPIES": self.copies}
-        return {name: str(value) for name, value in names.items()}
+        return macros_of(self.vector, self.bits, self.copies)
 
 
 def shape_of(vector_length: int, stages: tuple[int, ...]) -> Shape:
@@ -139,13 +149,10 @@ class LookUpMatrix(GpuMatrix):
         rounded = torch.empty(n, self.padded, dtype=torch.int8, device=x.device)
         scales = self.floats(n, self.padded // self.shape.group)
         self._rotate(x, rounded, scales, None)
-        first = 0
-        for count in (4, 2, 1):
-            while n - first >= count:
-                inputs = (address(rounded[first:]), address(scales[first:]), address(y[first:]))
-                name = f"octavo_multiply_{count}"
-                self._launch(name, (self.blocks(self.launcher, name, groups), 1), self.argument, *inputs, kind)
-                first += count
+        for first, count in portions(n):
+            inputs = (address(rounded[first:]), address(scales[first:]), address(y[first:]))
+            name = product_of(count)
+            self._launch(name, (self.blocks(self.launcher, name, groups), 1), self.argument, *inputs, kind)
         return y
 
     def multiply_many(self, x: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class HessianAccumulator:
         upper = self._sum.triu()
         upper.div_(max(self.tokens, 1))
         matrix = upper.add_(upper.triu(1).T)
-        if share := min(shrink * self.shrinkage(), 1.0):
+        if shrink and (share := min(shrink * self.shrinkage(), 1.0)):
             diagonal = matrix.diagonal().clone()
             matrix.mul_(1 - share).diagonal().copy_(diagonal)
         return matrix

@@ -16,7 +16,6 @@
 
 constexpr int kBits[STAGES] = BITS;
 constexpr int kCodes = 8;                  // codes of a lane at a time, of each stage
-constexpr int kStep = 32 * kCodes;         // vectors of a warp at a time
 constexpr int kRows = 4;                   // rows of a warp at a time
 constexpr int kGroup = kCodes * VECTOR;    // inputs of a lane at a time, which share a scale
 constexpr int kWords = VECTOR / 4;         // 32-bit words of a centroid
