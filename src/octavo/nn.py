@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from octavo._core.clib import SlowPathWarning
 from octavo._core.errors import UsageError
-from octavo.kernels import select
+from octavo.kernels import reference, select
 from octavo.layout import Layout
 from octavo.weight import VQWeight
 
@@ -85,10 +85,21 @@ class VQLinear(nn.Module):
         home = self._buffers["indices"].device  # type: ignore[union-attr]
         if x.device != home:
             raise UsageError(f"VQLinear: its tensors are on {home}, the input is on {x.device}. Move both together.")
-        name = self._kernel(x.device)
-        kernel = select.registry.get(name)
+        if torch.compiler.is_exporting():
+            return reference.linear(x, self.vq_weight())  # A program on its own: it takes the tensors, not the layer.
+        if torch.compiler.is_compiling():
+            from octavo import compiled
+
+            wants_gradient = x.requires_grad and torch.is_grad_enabled()
+            number = compiled.number_of(self, packed=not wants_gradient)
+            return compiled.linear(x, number, self.out_features, wants_gradient)
+        return self.multiply(x)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """:meth:`forward` of an input that was checked, by the kernel that runs here."""
+        kernel = select.registry.get(self._kernel(x.device))
         if not kernel.takes(x):
-            return select.registry.get("reference").linear(x, self.vq_weight())
+            return reference.linear(x, self.vq_weight())
         if kernel.slow and not os.environ.get(select.ENVIRONMENT):
             _warn_once(kernel.slow)
         return kernel.linear(x, self.prepared())
@@ -129,11 +140,19 @@ class VQLinear(nn.Module):
         Raises:
             UsageError: a layout whose rows depend on each other.
         """
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            from octavo import compiled
+
+            return compiled.rows(index, compiled.number_of(self, packed=False), self.in_features, self._dense_dtype)
+        return self.decoded_rows(index, self._dense_dtype)
+
+    def decoded_rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """:meth:`rows` in a dtype of the caller's choice."""
         if index.numel() == 0:
-            return torch.empty(*index.shape, self.in_features, dtype=self._dense_dtype, device=index.device)
+            return torch.empty(*index.shape, self.in_features, dtype=dtype, device=index.device)
         home = self._buffers["indices"].device  # type: ignore[union-attr]
         rows = self.vq_weight().rows(index.reshape(-1).to(home)).dequantize()
-        return rows.to(index.device, self._dense_dtype).view(*index.shape, self.in_features)
+        return rows.to(index.device, dtype).view(*index.shape, self.in_features)
 
     @torch.no_grad()
     def densify(self, dtype: torch.dtype | None = None) -> nn.Linear:

@@ -64,6 +64,11 @@ class OctavoQuantizer(HfQuantizer):
         """Indices cannot be trained, and centroids are not."""
         return False
 
+    @property
+    def is_compileable(self) -> bool:
+        """Layers are single operators in a graph, so ``generate`` may compile with a static cache."""
+        return True
+
     def is_serializable(self) -> bool:
         """``save_pretrained`` writes the same tensors again, bit for bit."""
         return True
