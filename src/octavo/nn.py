@@ -97,11 +97,13 @@ class VQLinear(nn.Module):
 
     def multiply(self, x: Tensor) -> Tensor:
         """:meth:`forward` of an input that was checked, by the kernel that runs here."""
-        kernel = select.registry.get(self._kernel(x.device))
+        name = self._kernel(x.device)
+        kernel = select.registry.get(name)
         if not kernel.takes(x):
             return reference.linear(x, self.vq_weight())
         if kernel.slow and not os.environ.get(select.ENVIRONMENT):
-            _warn_once(kernel.slow)
+            lacking = [f" The kernel {k}: {why}" for k, why in select.remedies(name, self.layout, x.device).items()]
+            _warn_once(kernel.slow + "".join(lacking))
         return kernel.linear(x, self.prepared())
 
     def _kernel(self, device: torch.device) -> str:

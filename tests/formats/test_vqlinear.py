@@ -17,7 +17,7 @@ from torch.nn import functional
 from formats.strategies import layouts, random_weight
 from octavo import nn as octavo_nn
 from octavo._core.clib import SlowPathWarning
-from octavo._core.errors import FormatError, UsageError
+from octavo._core.errors import FormatError, ResourceError, UsageError
 from octavo.kernels import select
 from octavo.kernels.select import Kernel, Row
 from octavo.layout import BlockScale, Layout, Outliers
@@ -290,6 +290,54 @@ def test_the_slow_kernel_warns_once_and_says_what_to_do(weight: VQWeight) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         layer(torch.ones(12))
+
+
+@pytest.mark.usefixtures("three_kernels")
+def test_the_warning_on_a_cpu_says_what_would_be_faster(weight: VQWeight, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(select.registry._table, "fast")
+    with pytest.warns(SlowPathWarning, match=r"decodes its whole matrix.* The kernel absent: no wings; install wings"):
+        VQLinear.from_weight(random_weight(ROW, 3))(torch.ones(12))
+
+
+@pytest.mark.usefixtures("three_kernels")
+def test_what_a_gpu_lacks_is_an_error_unless_the_slow_path_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    assert select.choose(ROW, gpu)[0] == "fast"  # Nothing is slow here, whatever else is missing.
+    monkeypatch.delitem(select.registry._table, "fast")
+    message = "the kernel absent would run this matrix on cuda:0, but no wings; install wings. OCTAVO_ALLOW_SLOW=1"
+    with pytest.raises(ResourceError, match=message):
+        select.choose(ROW, gpu)
+    assert select.choose(LAYOUT, gpu)[0] == "reference"  # No kernel for it, so there is nothing to install.
+    assert select.choose(ROW, CPU)[0] == "reference"
+    monkeypatch.setenv(select.ALLOW_SLOW, "1")
+    assert select.choose(ROW, gpu)[0] == "reference"
+    monkeypatch.delenv(select.ALLOW_SLOW)
+    monkeypatch.setenv(select.ENVIRONMENT, "reference")
+    assert select.choose(ROW, gpu) == ("reference", "OCTAVO_KERNEL is set")
+
+
+@pytest.mark.usefixtures("three_kernels")
+@pytest.mark.parametrize("known", [(), (80, 86)])
+def test_cuda_kernels_say_the_command_that_mends_them(monkeypatch: pytest.MonkeyPatch, known: tuple[int, ...]) -> None:
+    """A GPU of sm_90, and no NVRTC or one that is too old."""
+
+    def why(architecture: int = 0) -> str:
+        return "" if known and not architecture else "NVRTC is not there; pip install nvidia-cuda-nvrtc"
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr("octavo._core.cuda.why_no_compiler", why)
+    monkeypatch.setattr(select.registry.get("cuda_lookup"), "rank", 20)
+    monkeypatch.delitem(select.registry._table, "fast")
+    monkeypatch.delitem(select.registry._table, "absent")
+    layout = Layout((16, 64), 8, (8, 8), "row", "universal", codebook="gaussian-v8-k256-256")
+    with pytest.raises(ResourceError, match="cuda_lookup would run .* pip install nvidia-cuda-nvrtc"):
+        select.choose(layout, torch.device("cuda", 0))
+    assert select.choose(LAYOUT, torch.device("cuda", 0))[0] == "reference"
+    assert select.choose(layout, CPU)[0] == "reference"
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (7, 0))
+    assert select.choose(layout, torch.device("cuda", 0))[0] == "reference"  # Too old, whatever is installed.
 
 
 @pytest.mark.usefixtures("three_kernels")

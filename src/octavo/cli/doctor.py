@@ -6,10 +6,17 @@ import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 import octavo
-from octavo.cli._output import JsonOption, Output, size
+from octavo._core.errors import OctavoError
+from octavo.cli._layouts import in_words
+from octavo.cli._output import JsonOption, Output, quiet_libraries, size
+
+if TYPE_CHECKING:
+    from octavo.layout import Layout
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "accelerate", "huggingface_hub", "gguf", "sentencepiece")
 #: extra of the package -> (module's distribution, what it is for).
@@ -20,10 +27,27 @@ EXTRAS = {
 }
 
 
-def command(as_json: JsonOption = False) -> None:
-    """Show versions, the C++ library and the CPU features it uses, kernels, methods and extras. Touches no network."""
+def command(
+    model: Annotated[
+        str | None, typer.Argument(help="A quantized folder: which kernel runs each of its matrices, and why.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show versions, the C++ library and the CPU features it uses, kernels, methods and extras. Touches no network.
+
+    With a quantized folder also which kernel runs each of its matrices on every device of this machine, and why.
+    """
     with Output(as_json) as output:
+        layers: list[dict[str, Any]] = []
+        if model is not None:
+            from octavo.models import quantized
+
+            quiet_libraries()
+            layers = kernels_of(quantized.check(model).layouts)
         report = examine()
+        if model is not None:
+            report |= {"path": model, "layers": layers}
+            report["problems"] += dict.fromkeys(text for layer in layers for text in layer["problems"])
         output.document(report)
         output.facts({"octavo": f"{report['octavo']} (Python {report['python']}, {report['platform']})"})
         output.facts({name: found or "missing" for name, found in report["packages"].items()})
@@ -33,6 +57,10 @@ def command(as_json: JsonOption = False) -> None:
         kernels = [[k["name"], "yes" if k["usable"] else "no", k["note"], k["about"]] for k in report["kernels"]]
         output.table(("kernel", "usable", "note", "about"), kernels)
         output.say()
+        if model is not None:
+            rows = [[x["device"], str(x["count"]), x["kernel"] or "none", x["why"], x["layout"]] for x in layers]
+            output.table(("device", "matrices", "kernel", "why", "layout"), rows, title=f"{model}: what runs it")
+            output.say()
         output.facts({"methods": ", ".join(report["methods"])})
         for extra in report["extras"]:
             state = extra["version"] or f"missing; install it with: {extra['install']}"
@@ -94,6 +122,33 @@ def examine() -> dict[str, Any]:
         ],
         "problems": problems,
     }
+
+
+def kernels_of(layouts: dict[str, Layout]) -> list[dict[str, Any]]:
+    """The kernel that runs each matrix on each device, JSON-able; matrices of one layout and one reason share a row.
+
+    A device that a matrix cannot run on has no ``kernel``, and ``why`` is the error; ``problems`` says what is missing
+    on a GPU (the report on this machine says it of the CPU).
+    """
+    import torch
+
+    from octavo.kernels import select
+
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for device in devices:
+        for module, layout in layouts.items():
+            try:
+                kernel, why = select.choose(layout, device)
+                lacking = {} if device.type == "cpu" else select.remedies(kernel, layout, device)
+                problems = [f"{name} on {device}: {lacks}" for name, lacks in lacking.items()]
+            except OctavoError as error:
+                kernel, why, problems = "", str(error), [str(error)]
+            key = str(device), kernel, why, in_words(layout)
+            row = rows.setdefault(key, {"device": key[0], "kernel": kernel, "why": why, "layout": key[3]})
+            row.setdefault("matrices", []).append(module)
+            row["count"], row["problems"] = len(row["matrices"]), problems
+    return list(rows.values())
 
 
 def _machine(output: Output, report: dict[str, Any]) -> None:

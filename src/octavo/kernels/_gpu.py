@@ -59,6 +59,10 @@ def _program(
     return cuda.Program(binary, device, dict(functions), THREADS)
 
 
+def _has_device() -> bool:
+    return torch.cuda.is_available() and torch.version.cuda is not None
+
+
 def _architecture(device: int) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
@@ -168,9 +172,7 @@ class GpuKernel(Kernel):
 
     @staticmethod
     def missing() -> str:
-        if not torch.cuda.is_available() or torch.version.cuda is None:
-            return "no CUDA device"
-        return cuda.why_no_compiler()
+        return cuda.why_no_compiler() if _has_device() else "no CUDA device"
 
     @classmethod
     def why_not(cls, layout: Layout, device: torch.device) -> str:
@@ -180,6 +182,13 @@ class GpuKernel(Kernel):
         if architecture < _OLDEST:
             return f"it wants sm_{_OLDEST} or newer, not sm_{architecture}"
         return cuda.why_no_compiler(architecture) or cls.refuses(layout)
+
+    @classmethod
+    def remedy(cls, layout: Layout, device: torch.device) -> str:
+        if device.type != "cuda" or not _has_device() or cls.refuses(layout):
+            return ""
+        architecture = _architecture(device.index or 0)
+        return cuda.why_no_compiler(architecture) if architecture >= _OLDEST else ""
 
     @staticmethod
     def takes(x: Tensor) -> bool:

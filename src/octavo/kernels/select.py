@@ -10,12 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from octavo._core.errors import UsageError
+from octavo._core.errors import ResourceError, UsageError
 from octavo._core.registry import Registry
 from octavo.layout import Layout
 from octavo.weight import VQWeight
 
 ENVIRONMENT = "OCTAVO_KERNEL"
+#: With "1" a GPU decodes where a kernel could not be built, instead of an error.
+ALLOW_SLOW = "OCTAVO_ALLOW_SLOW"
 
 
 class Kernel(ABC):
@@ -40,6 +42,11 @@ class Kernel(ABC):
     @abstractmethod
     def why_not(layout: Layout, device: torch.device) -> str:
         """Why this kernel cannot run ``layout`` on ``device``, or an empty string."""
+
+    @classmethod
+    def remedy(cls, layout: Layout, device: torch.device) -> str:
+        """What has to be installed so that this kernel runs ``layout`` on ``device``; empty if nothing, or no use."""
+        return "" if cls.why_not(layout, device) else cls.missing()
 
     @staticmethod
     def takes(x: Tensor) -> bool:
@@ -76,6 +83,8 @@ def choose(layout: Layout, device: torch.device) -> tuple[str, str]:
 
     Raises:
         UsageError: ``OCTAVO_KERNEL`` names an unknown kernel, or one that cannot run this layout here.
+        ResourceError: a GPU has a kernel for the layout, which lacks something that can be installed;
+            ``OCTAVO_ALLOW_SLOW=1`` takes the slow kernel instead.
     """
     forced = os.environ.get(ENVIRONMENT, "")
     if forced:
@@ -88,8 +97,22 @@ def choose(layout: Layout, device: torch.device) -> tuple[str, str]:
     obstacles = {name: _obstacle(name, layout, device) for name in registry}
     usable = [name for name, obstacle in obstacles.items() if not obstacle]
     best = max(usable, key=lambda name: registry.get(name).rank)
+    if device.type != "cpu" and registry.get(best).slow and os.environ.get(ALLOW_SLOW) != "1":
+        for name, why in remedies(best, layout, device).items():
+            raise ResourceError(
+                f"the kernel {name} would run this matrix on {device}, but {why}. {ALLOW_SLOW}=1 goes on without it: "
+                "the matrix is then decoded at every call, many times slower."
+            )
     faster = [f"{n}: {why}" for n, why in obstacles.items() if why and registry.get(n).rank > registry.get(best).rank]
     return best, f"no faster kernel can run ({'; '.join(faster)})" if faster else "the fastest kernel there is"
+
+
+def remedies(name: str, layout: Layout, device: torch.device) -> dict[str, str]:
+    """Kernels above the kernel ``name`` that would run ``layout`` on ``device``, and what each lacks; fastest first."""
+    above = [other for other in registry if registry.get(other).rank > registry.get(name).rank]
+    above.sort(key=lambda other: -registry.get(other).rank)
+    found = {other: registry.get(other).remedy(layout, device) for other in above}
+    return {other: remedy for other, remedy in found.items() if remedy}
 
 
 def in_words(reasons: dict[str, bool]) -> str:
