@@ -24,6 +24,12 @@ def _warn_once(text: str) -> None:
     warnings.warn(text, SlowPathWarning, stacklevel=3)
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps the buffers of a module elsewhere and brings them for each call of its ``forward``."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    return any(getattr(each, "offload", False) and each.offload_buffers for each in getattr(hook, "hooks", (hook,)))
+
+
 class VQLinear(nn.Module):
     """``y = x W^T + bias`` with W stored as the tensors of a :class:`Layout`; for inference only.
 
@@ -119,9 +125,12 @@ class VQLinear(nn.Module):
         return "" if select.registry.get(name).prepares else f"the kernel {name} runs it ({reason})"
 
     def prepared(self) -> Any:
-        """What the kernel that runs here made of the tensors; made anew if any of them was replaced or written to."""
+        """What the kernel that runs here made of the tensors; made anew if any of them was replaced or written to.
+
+        Not kept where the tensors themselves are not: offloaded ones come for a call and go after it.
+        """
         kernel = self._kernel(self._buffers["indices"].device)  # type: ignore[union-attr]
-        if not select.registry.get(kernel).prepares:
+        if not select.registry.get(kernel).prepares or is_offloaded(self):
             return select.registry.get(kernel).prepare(self.vq_weight())
         buffers = [self._buffers[name] for name in self.layout.tensors()]
         state = (

@@ -5,11 +5,13 @@ transformers has a quantizer of its own for VPTQ, which since version 5 loads no
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -22,7 +24,7 @@ from octavo.formats.reader import listing
 from octavo.kernels import select
 from octavo.layout import Layout
 from octavo.models import quantized
-from octavo.nn import TiedEmbedding, VQEmbedding, VQLinear
+from octavo.nn import TiedEmbedding, VQEmbedding, VQLinear, is_offloaded
 
 Decode = Literal["auto", "dense", "packed"]
 
@@ -126,7 +128,12 @@ class OctavoQuantizer(HfQuantizer):
             raise FormatError(f"{type(model).__name__}: {listing(random)} were not in the checkpoint. Fetch it again.")
         for name, matrix in self._matrices.items():
             module = model.get_submodule(name)
-            tensors = {key: module.get_buffer(key) for key in matrix.tensors()}
+            if is_offloaded(module) and not isinstance(module, VQLinear):
+                raise UsageError(
+                    f"{name} was offloaded with its buffers, which only Octavo's own format can be. Convert the model "
+                    "first: octavo convert FOLDER NEW_FOLDER --to octavo"
+                )
+            tensors = {key: _loaded(model, f"{name}.{key}") for key in matrix.tensors()}
             lost = [key for key, tensor in tensors.items() if tensor.device.type == "meta"]
             if lost:
                 raise FormatError(f"{name}: {listing(lost)} were not loaded from the checkpoint.")
@@ -141,6 +148,13 @@ class OctavoQuantizer(HfQuantizer):
                     add_hook_to_module(layer, module._hf_hook)  # type: ignore[arg-type]
                 model.set_submodule(name, layer)
 
+        for name, embedding in model.named_modules():
+            if isinstance(embedding, TiedEmbedding) and is_offloaded(embedding.head):
+                raise UsageError(
+                    f"{name} looks its rows up in the output head, which was offloaded and is not there then. Give the "
+                    "head a device in device_map, such as 'lm_head': 'cpu'."
+                )
+
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         layers = {name: module for name, module in model.named_modules() if isinstance(module, VQLinear)}
         tied = {name: module for name, module in model.named_modules() if isinstance(module, TiedEmbedding)}
@@ -154,6 +168,15 @@ class OctavoQuantizer(HfQuantizer):
             model.set_submodule(name, embedding.densify(model.get_submodule(head)))
             model.all_tied_weights_keys = {f"{head}.weight": f"{name}.weight"}
         return model
+
+
+def _loaded(model: Any, name: str) -> Tensor:
+    """A tensor of the checkpoint; from where it was offloaded to, if it was. On ``meta`` if it is nowhere."""
+    tensor: Tensor = model.get_buffer(name)
+    if tensor.device.type == "meta" and is_offloaded(model.get_submodule(name.rpartition(".")[0])):
+        with suppress(KeyError, ValueError):
+            return load_offloaded_parameter(model, name)
+    return tensor
 
 
 class _AsStored(nn.Module):
@@ -211,6 +234,7 @@ def load(
         quantized.check(folder, trust_remote_code=trust_remote_code)
     else:
         CheckpointReader(folder)
+    is_native = is_quantized and formats.raw_config(folder)["quant_method"] == native.QUANT_METHOD
     register()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -221,6 +245,7 @@ def load(
             folder,
             dtype=dtype or "auto",
             device_map=device_map,
+            offload_buffers=is_native,  # Quantized matrices are buffers; VPTQ's are made anew after loading.
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **local,
