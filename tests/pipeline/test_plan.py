@@ -104,9 +104,9 @@ def test_groups_that_do_not_divide_the_inputs_leave_a_shorter_one_at_the_end(
 @pytest.mark.parametrize(
     ("ways", "options", "message"),
     [
-        (3, {}, r"--tensor-parallel 3 does not divide 14 matrices: model.layers.0.self_attn.q_proj \(64 outputs"),
-        (16, {"vector_length": 8}, r"does not divide 6 matrices: .*k_proj \(32 outputs, vectors of 8\)"),
-        (48, {}, r"o_proj \(64 inputs"),
+        (3, {}, r"--tensor-parallel 3 cannot split 14 matrices: model.layers.0.self_attn.q_proj \(64 outputs are not"),
+        (16, {"vector_length": 8}, r"cannot split .* matrices: .*k_proj \(2 outputs per rank cut vectors of 8\)"),
+        (48, {}, r"o_proj \(64 inputs are not divisible by 48\)"),
         (0, {}, "--tensor-parallel wanted >= 1, got 0"),
         (-2, {}, "--tensor-parallel wanted >= 1, got -2"),
     ],
@@ -117,6 +117,12 @@ def test_shapes_that_tensor_parallelism_cannot_split_are_refused_in_the_plan(
     """Fault 21."""
     with pytest.raises(UsageError, match=message):
         plan(tiny_llama, method="vptq", bits=3, options=options, tensor_parallel=ways)
+
+
+def test_tiles_and_transforms_are_not_cut_either(tiny_llama: Path) -> None:
+    """Fault 21."""
+    with pytest.raises(UsageError, match=r"mlp.down_proj \(8 inputs per rank cut Hadamard blocks of 128\)"):
+        plan(tiny_llama, method="universal", bits=3, options={"block": 128}, tensor_parallel=16)
 
 
 def test_shapes_that_can_be_split_pass(tiny_llama: Path) -> None:

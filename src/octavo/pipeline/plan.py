@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from octavo import algorithms, formats
+from octavo import algorithms, formats, parallel
 from octavo._core.config import to_dict
 from octavo._core.errors import UsageError
 from octavo.algorithms import Algorithm
@@ -382,19 +382,14 @@ def _check_tensor_parallel(matrices: Sequence[Matrix], ways: int) -> None:
         raise UsageError(f"--tensor-parallel wanted >= 1, got {ways}")
     bad = []
     for matrix in matrices:
-        out, inp = matrix.layout.shape
-        if matrix.module.rsplit(".", 1)[-1] in _ROW_PARALLEL:
-            unit = matrix.layout.vector_length if matrix.layout.direction == "row" else 1
-            fits, what = inp % (ways * unit) == 0, f"{inp} inputs"
-        else:
-            unit = matrix.layout.vector_length if matrix.layout.direction == "column" else 1
-            fits, what = out % (ways * unit) == 0, f"{out} outputs"
-        if not fits:
-            bad.append(f"{matrix.module} ({what}, vectors of {matrix.layout.vector_length})")
+        by_inputs = matrix.module.rsplit(".", 1)[-1] in _ROW_PARALLEL
+        if reason := parallel.why_not(matrix.layout, parallel.COLUMNS if by_inputs else parallel.ROWS, ways):
+            bad.append(f"{matrix.module} ({reason})")
     if bad:
         raise UsageError(
-            f"--tensor-parallel {ways} does not divide {len(bad)} matrices: {', '.join(bad[:4])}"
-            f"{', ..' if len(bad) > 4 else ''}. Choose a number of ranks, or a vector_length, that divides them."
+            f"--tensor-parallel {ways} cannot split {len(bad)} matrices: {', '.join(bad[:4])}"
+            f"{', ..' if len(bad) > 4 else ''}. Choose a number of ranks that divides them, or smaller units, such as "
+            "--set block=64 for Hadamard blocks."
         )
 
 
