@@ -21,9 +21,9 @@ ROWS, COLUMNS = 0, 1
 
 
 def why_not(layout: Layout, dim: int, world: int) -> str:
-    """Why ``world`` ranks cannot hold equal parts of the rows (``dim`` 0) or columns (1) of a layout; or an empty string.
+    """Why ``world`` ranks cannot hold equal parts of the rows (``dim`` 0) or columns (1) of a layout, or an empty text.
 
-    What a stored order of columns decides - whether a rank's columns are all outliers - is found by :func:`shard` alone.
+    Whether a stored order gives a rank nothing but outliers is found by :func:`shard` alone.
     """
     features, side = layout.shape[dim], ("outputs", "inputs")[dim]
     if world < 1:
@@ -62,9 +62,9 @@ def why_not(layout: Layout, dim: int, world: int) -> str:
 
 
 def shard(weight: VQWeight, dim: int, rank: int, world: int) -> VQWeight:
-    """The rows (``dim`` 0) or columns (1) that ``rank`` of ``world`` ranks holds; decodes to just that slice, bit for bit.
+    """The rows (``dim`` 0) or columns (1) that ``rank`` of ``world`` ranks holds; decodes to that slice, bit for bit.
 
-    A bias is cut with the rows; of columns rank 0 has it and all others have zeros, so that products add up to the whole.
+    A bias is cut with the rows. Of columns rank 0 has it and all others have zeros, so that products add up.
 
     Raises:
         UsageError: no such rank, a layout that cannot be cut in equal parts (see :func:`why_not`), or a part of a
