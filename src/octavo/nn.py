@@ -60,9 +60,17 @@ class VQLinear(nn.Module):
     def from_weight(cls, weight: VQWeight) -> VQLinear:
         """A layer that shares the tensors of ``weight``."""
         layer = cls(weight.layout, device="meta")
-        for name, tensor in weight.tensors.items():
-            layer._buffers[name] = tensor
+        layer.hold(weight)
         return layer
+
+    def hold(self, weight: VQWeight) -> None:
+        """Take the tensors of ``weight`` in place of the present ones.
+
+        It may be a part of the matrix: ``in_features`` and ``out_features`` stay what the model around the layer sees.
+        """
+        self.layout = weight.layout
+        self._buffers = {"bias": None, **weight.tensors}
+        self._prepared, self._chosen = None, (None, "")
 
     def vq_weight(self) -> VQWeight:
         """The weight, sharing this layer's tensors.
@@ -86,8 +94,10 @@ class VQLinear(nn.Module):
         Raises:
             UsageError: ``x`` holds no floats, has another width, or ``OCTAVO_KERNEL`` cannot be honoured.
         """
-        if not x.is_floating_point() or x.shape[-1] != self.in_features:
-            raise UsageError(f"VQLinear: input wanted floats [.., {self.in_features}], got {x.dtype} {tuple(x.shape)}.")
+        if not x.is_floating_point() or x.shape[-1] != self.layout.shape[1]:
+            raise UsageError(
+                f"VQLinear: input wanted floats [.., {self.layout.shape[1]}], got {x.dtype} {tuple(x.shape)}."
+            )
         home = self._buffers["indices"].device  # type: ignore[union-attr]
         if x.device != home:
             raise UsageError(f"VQLinear: its tensors are on {home}, the input is on {x.device}. Move both together.")
@@ -98,7 +108,7 @@ class VQLinear(nn.Module):
 
             wants_gradient = x.requires_grad and torch.is_grad_enabled()
             number = compiled.number_of(self, packed=not wants_gradient)
-            return compiled.linear(x, number, self.out_features, wants_gradient)
+            return compiled.linear(x, number, self.layout.shape[0], wants_gradient)
         return self.multiply(x)
 
     def multiply(self, x: Tensor) -> Tensor:

@@ -5,19 +5,21 @@ transformers has a quantizer of its own for VPTQ, which since version 5 loads no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from octavo import formats
+from octavo import formats, parallel
 from octavo._core.errors import FormatError, ResourceError, UsageError
 from octavo.formats import CONFIG_FILE, CheckpointReader, Quantized, Stored, native
 from octavo.formats.reader import listing
@@ -27,6 +29,11 @@ from octavo.models import quantized
 from octavo.nn import TiedEmbedding, VQEmbedding, VQLinear, is_offloaded
 
 Decode = Literal["auto", "dense", "packed"]
+#: Styles of transformers' tensor-parallel plans, which speak of the transposed matrix.
+_SPLITS = {
+    **dict.fromkeys(("colwise", "colwise_rep", "colwise_gather_output"), parallel.ROWS),
+    **dict.fromkeys(("rowwise", "rowwise_rep", "rowwise_split_input"), parallel.COLUMNS),
+}
 
 
 def register() -> None:
@@ -60,6 +67,8 @@ class OctavoQuantizer(HfQuantizer):
         self._matrices: dict[str, Stored] = {}
         self._stored: frozenset[str] = frozenset()
         self._transposed: set[str] = set()
+        #: Matrices of which every rank keeps a part: of the rows (0) or the columns (1).
+        self._split: dict[str, int] = {}
 
     @property
     def is_trainable(self) -> bool:
@@ -72,8 +81,8 @@ class OctavoQuantizer(HfQuantizer):
         return True
 
     def is_serializable(self) -> bool:
-        """``save_pretrained`` writes the same tensors again, bit for bit."""
-        return True
+        """``save_pretrained`` writes the same tensors again, bit for bit; not from ranks that hold parts of them."""
+        return not self._split
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Tensors of quantized matrices are never cast, not even by a model's keep-in-float32 list."""
@@ -104,6 +113,7 @@ class OctavoQuantizer(HfQuantizer):
             if f"{name}.weight" in _tied(model):
                 _tie(model, name, stand_in, set(config.matrices))
             model.set_submodule(name, stand_in)
+        self._split = _split_by_plan(model, self._matrices)
         if folder is not None:
             from octavo.models.names import match_names
 
@@ -148,6 +158,9 @@ class OctavoQuantizer(HfQuantizer):
                     add_hook_to_module(layer, module._hf_hook)  # type: ignore[arg-type]
                 model.set_submodule(name, layer)
 
+        for name, dim in self._split.items():
+            mesh, layer = model._mesh_manager.get_mesh("tp"), model.get_submodule(name)
+            layer.hold(parallel.shard(layer.vq_weight(), dim, mesh.get_local_rank(), mesh.size()))
         for name, embedding in model.named_modules():
             if isinstance(embedding, TiedEmbedding) and is_offloaded(embedding.head):
                 raise UsageError(
@@ -156,6 +169,8 @@ class OctavoQuantizer(HfQuantizer):
                 )
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        if self._split:
+            raise UsageError("a model whose matrices are split over ranks cannot be decoded; keep it packed.")
         layers = {name: module for name, module in model.named_modules() if isinstance(module, VQLinear)}
         tied = {name: module for name, module in model.named_modules() if isinstance(module, TiedEmbedding)}
         for name, layer in layers.items():
@@ -168,6 +183,42 @@ class OctavoQuantizer(HfQuantizer):
             model.set_submodule(name, embedding.densify(model.get_submodule(head)))
             model.all_tied_weights_keys = {f"{head}.weight": f"{name}.weight"}
         return model
+
+
+def _split_by_plan(model: Any, matrices: Mapping[str, Stored]) -> dict[str, int]:
+    """The matrices that the model's tensor-parallel plan splits, if it is loaded on several ranks, and along what.
+
+    Quantized embeddings, and heads that are embeddings as well, are taken out of the plan: each rank has them whole.
+
+    Raises:
+        UsageError: a matrix that cannot be split in this way.
+    """
+    config = getattr(model.config, "distributed_config", None)
+    if config is None or (config.tp_size or 1) == 1:
+        return {}
+    plan: dict[str, str] = model.tp_plan
+    for name, module in model.named_modules():
+        if isinstance(module, VQEmbedding | TiedEmbedding):
+            plan.pop(replace_layer_number_by_wildcard(name), None)
+    tied = {id(module.head) for module in model.modules() if isinstance(module, TiedEmbedding)}
+    split: dict[str, int] = {}
+    for name, matrix in matrices.items():
+        key, module = replace_layer_number_by_wildcard(name), model.get_submodule(name)
+        if id(module) in tied:
+            plan.pop(key, None)
+        if (style := plan.get(key)) is None:
+            continue
+        where = f"{name} cannot be split over {config.tp_size} ranks"
+        if style not in _SPLITS:
+            raise UsageError(f"{where}: the plan says {style!r}, which is not known for quantized matrices.")
+        if not isinstance(module, VQLinear):
+            raise UsageError(f"{where} from this format. Convert it: octavo convert FOLDER NEW_FOLDER --to octavo")
+        if reason := parallel.why_not(matrix.layout, _SPLITS[style], config.tp_size):
+            raise UsageError(f"{where}: {reason}.")
+        # For transformers: inputs and outputs are the rank's own tensors.
+        module._hf_quantized_needs_local_tp = True  # type: ignore[assignment]
+        split[name] = _SPLITS[style]
+    return split
 
 
 def _loaded(model: Any, name: str) -> Tensor:
