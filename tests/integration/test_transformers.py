@@ -166,12 +166,20 @@ def test_device_map_is_honoured(fmt_llama: tuple[Path, dict[str, VQWeight]]) -> 
         assert torch.equal(logits(mapped).cpu(), logits(plain)) or torch.cuda.is_available()
 
 
-def test_generation_works_packed_and_dense(fmt_llama: tuple[Path, Any]) -> None:
+@pytest.mark.parametrize(
+    "cache",
+    [
+        {},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}},
+    ],
+)
+def test_generation_works_packed_and_dense_with_any_cache(fmt_llama: tuple[Path, Any], cache: dict[str, Any]) -> None:
     texts = []
     for decode in ("packed", "dense"):
         model, tokenizer = load(fmt_llama[0], decode=decode)
         inputs = tokenizer("Octavo", return_tensors="pt")
-        texts.append(model.generate(inputs["input_ids"], max_new_tokens=8, do_sample=False, pad_token_id=1))
+        texts.append(model.generate(inputs["input_ids"], max_new_tokens=8, do_sample=False, pad_token_id=1, **cache))
     assert torch.equal(texts[0], texts[1])
     assert texts[0].shape[1] > 6
 
