@@ -26,7 +26,7 @@ emulated = pytest.mark.skipif(
     reason="emulation wants a C++ compiler, and coroutines as Linux has them",
 )
 BOOKS = ("gaussian-v8-k256-256", "gaussian-v8-k256", "gaussian-v8-k256-256-16", "gaussian-v4-k256-64")
-BOOKS += ("gaussian-v4-k256-256", "gaussian-v8-k256-256-256")
+BOOKS += ("gaussian-v4-k256-256", "gaussian-v8-k256-256-256", "gaussian-v8-k256-signs", "gaussian-v4-k256-signs")
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 #: Of the relative RMS error where inputs are rounded to bytes.
 LIMIT = 1e-2
@@ -40,6 +40,7 @@ def weight_of(name: str, shape: tuple[int, int], *, bias: bool = False, seed: in
         book.stages,
         direction="row",
         codebook_dtype="universal",
+        sign_bits=book.sign_bits,
         codebook=name,
         block_scale=BlockScale(shape[1], 0, 8),
         bias=bias,
@@ -49,7 +50,8 @@ def weight_of(name: str, shape: tuple[int, int], *, bias: bool = False, seed: in
 
 
 def matrix(weight: VQWeight, blocks: int = 2) -> LookUpMatrix:
-    shape = shape_of(weight.layout.vector_length, weight.layout.stages)
+    layout = weight.layout
+    shape = shape_of(layout.vector_length, layout.stages, layout.sign_bits)
     return LookUpMatrix(weight, Emulator(emulator("lookup", shape).run, blocks))
 
 
@@ -178,6 +180,12 @@ def test_the_operator_is_one_that_torch_can_trace() -> None:
     assert error(traced(x) - 1, multiplied(weight, x)) < 1e-6
 
 
+def test_no_magnitude_is_zero() -> None:
+    """The kernel counts on it."""
+    signed = [book for book in map(codebooks.get, codebooks.names()) if book.sign_bits]
+    assert signed and all(int(table.min()) > 0 for book in signed for table in book.tables)
+
+
 def test_what_it_cannot_run_is_said() -> None:
     plain = weight_of(BOOKS[0], (16, 64)).layout
     assert cuda_lookup.why_not(plain) == ""
@@ -190,7 +198,8 @@ def test_what_it_cannot_run_is_said() -> None:
 @pytest.mark.skipif(bool(cuda.why_no_compiler()), reason=cuda.why_no_compiler())
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_program_compiles_without_spilling_registers(architecture: str) -> None:
-    for name in ("gaussian-v8-k256-256", "gaussian-v4-k256-256", "gaussian-v8-k256-256-16"):
+    names = ("gaussian-v8-k256-256", "gaussian-v4-k256-256", "gaussian-v8-k256-256-16", "gaussian-v8-k256-signs")
+    for name in (*names, "gaussian-v4-k256-signs"):
         binary, log = cuda.compile_program(_gpu.source("lookup"), shapes()[name].macros(), architecture, report=True)
         assert binary[:4] == b"\x7fELF"
         assert not [spill for spill in re.findall(r"(\d+) bytes spill", log) if spill != "0"], log
