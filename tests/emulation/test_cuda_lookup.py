@@ -165,6 +165,18 @@ def test_results_do_not_depend_on_the_number_of_blocks_or_tokens() -> None:
 
 
 @emulated
+def test_codes_lie_beyond_2_31_bytes() -> None:
+    """Memory that nobody touches takes none."""
+    packed = matrix(weight_of("gaussian-v8-k256", (16, 4096)))
+    wanted, rows = packed.decoded(0, 16, torch.float32), 2**31 // 512 + 32
+    plane, scales = torch.empty(rows, 512, dtype=torch.uint8), torch.empty(rows)
+    plane[-16:], scales[-16:] = packed.planes[0], packed.scales
+    packed.argument.codes[0], packed.argument.scales = plane.data_ptr(), scales.data_ptr()
+    packed.argument.rows = rows
+    assert torch.equal(packed.decoded(rows - 16, rows, torch.float32), wanted)
+
+
+@emulated
 def test_the_operator_is_one_that_torch_can_trace() -> None:
     weight = weight_of(BOOKS[0], (24, 64), bias=True)
     packed = matrix(weight)

@@ -7,6 +7,7 @@ import torch
 
 from emulation.test_cuda_gather import LAYOUTS
 from emulation.test_cuda_lookup import BOOKS, LIMIT, weight_of
+from emulation.test_cuda_tables import LAYOUTS as TILED
 from formats.strategies import random_weight
 from octavo.kernels import _gpu, select
 from octavo.kernels.cuda_lookup import LookUpMatrix
@@ -49,6 +50,16 @@ def test_a_layer_on_the_gpu_takes_this_kernel(dtype: torch.dtype, monkeypatch: p
 def test_column_vectors_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_weight(LAYOUTS[name], seed=1)
     monkeypatch.setenv(select.ENVIRONMENT, "cuda_gather")
+    layer = VQLinear.from_weight(weight).to(GPU)
+    for n in (1, 3, 8, 40):
+        x = torch.randn(n, weight.layout.shape[1], device=GPU)
+        assert error(layer(x).cpu(), multiplied(weight, x.cpu())) < 2e-3, "TF32 at most"
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_codebooks_per_tile_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random_weight(TILED[name], seed=1)
+    monkeypatch.setenv(select.ENVIRONMENT, "cuda_tables")
     layer = VQLinear.from_weight(weight).to(GPU)
     for n in (1, 3, 8, 40):
         x = torch.randn(n, weight.layout.shape[1], device=GPU)

@@ -43,8 +43,6 @@ _CODES, _ROWS = 8, 4
 _EVEN = 64
 #: Inputs that are transformed at a time.
 _TOKENS = 4096
-#: Decoded numbers at a time: large enough for a product at full speed.
-_DECODED = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -162,17 +160,9 @@ class LookUpMatrix(GpuMatrix):
             self._launch(name, (self.blocks(self.launcher, name, groups), 1), self.argument, *inputs, kind)
         return y
 
-    def multiply_many(self, x: Tensor) -> Tensor:
-        """Blocks of rows are decoded in the dtype of ``x`` and multiplied as dense matrices."""
+    def moved(self, x: Tensor) -> tuple[Tensor, None]:
         parts = [self.rotated(part)[:, : self.inputs].to(x.dtype) for part in x.split(_TOKENS)]
-        moved = torch.cat(parts) if len(parts) > 1 else parts[0]
-        y = torch.empty(x.shape[0], self.rows, dtype=x.dtype, device=x.device)
-        step = max(_DECODED // self.inputs, 1)
-        for first in range(0, self.rows, step):
-            last = min(first + step, self.rows)
-            part = functional.linear(moved, self.decoded(first, last, x.dtype))
-            y[:, first:last] = part if self.bias is None else part + self.bias[first:last].to(x.dtype)
-        return y
+        return torch.cat(parts) if len(parts) > 1 else parts[0], None
 
     def rotated(self, x: Tensor) -> Tensor:
         """The transform of ``x`` [n, in]: [n, padded] float32, zeros at the end."""
