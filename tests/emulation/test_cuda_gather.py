@@ -34,7 +34,7 @@ LAYOUTS = {
 
 
 def matrix(weight: VQWeight, blocks: int = 2) -> GatherMatrix:
-    return GatherMatrix(weight, lambda shape: Emulator(emulator("gather", shape).run, blocks))
+    return GatherMatrix(weight, lambda shape: Emulator(emulator(shape).run, blocks))
 
 
 @emulated

@@ -50,9 +50,7 @@ def weight_of(name: str, shape: tuple[int, int], *, bias: bool = False, seed: in
 
 
 def matrix(weight: VQWeight, blocks: int = 2) -> LookUpMatrix:
-    layout = weight.layout
-    shape = shape_of(layout.vector_length, layout.stages, layout.sign_bits)
-    return LookUpMatrix(weight, Emulator(emulator("lookup", shape).run, blocks))
+    return LookUpMatrix(weight, Emulator(emulator(shape_of(weight.layout)).run, blocks))
 
 
 @emulated

@@ -45,7 +45,7 @@ LAYOUTS = {
 
 
 def matrix(weight: VQWeight, processors: int = 1, blocks: int = 2) -> TableMatrix:
-    made = TableMatrix(weight, Emulator(emulator("tables", shape_of(weight.layout)).run, blocks))
+    made = TableMatrix(weight, Emulator(emulator(shape_of(weight.layout)).run, blocks))
     made.processors = processors
     return made
 

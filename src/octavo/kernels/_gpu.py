@@ -8,7 +8,7 @@ import math
 import os
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any, ClassVar, Protocol
@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from octavo._core import cuda
 from octavo._core.errors import UsageError
+from octavo.kernels import _shipped as shipped
 from octavo.kernels.select import Kernel
 from octavo.layout import Layout
 from octavo.weight import VQWeight
@@ -51,6 +52,21 @@ class Launcher(Protocol):
         ...
 
 
+class Shape(Protocol):
+    """What a program is compiled for."""
+
+    #: The name of its source.
+    source: ClassVar[str]
+
+    def macros(self) -> dict[str, str]:
+        """As the source wants them."""
+        ...
+
+    def functions(self) -> dict[str, int]:
+        """The functions of the program and the most shared memory of each in bytes."""
+        ...
+
+
 def source(name: str) -> str:
     """The CUDA source of a kernel, with what all share before it."""
     folder = files("octavo.kernels").joinpath("cuda")
@@ -58,11 +74,23 @@ def source(name: str) -> str:
 
 
 @cache
-def _program(
-    name: str, macros: tuple[tuple[str, str], ...], functions: tuple[tuple[str, int], ...], device: int
-) -> Any:
-    binary = cuda.cached_program(source(name), dict(macros), f"sm_{_architecture(device)}")
-    return cuda.Program(binary, device, dict(functions), THREADS)
+def _program(shape: Shape, device: int) -> Any:
+    text, architecture = source(shape.source), _architecture(device)
+    binary = shipped.find(text, shape.macros(), architecture)
+    if binary is None and cuda.why_no_compiler(architecture):
+        binary = shipped.find_ptx(text, shape.macros())
+    if binary is None:
+        binary = cuda.cached_program(text, shape.macros(), f"sm_{architecture}")
+    return cuda.Program(binary, device, shape.functions(), THREADS)
+
+
+def _why_no_program(shape: Shape, architecture: int) -> str:
+    """Why a program is neither shipped for a processor nor can be compiled, or an empty string."""
+    if not (reason := cuda.why_no_compiler(architecture)):
+        return ""
+    text = source(shape.source)
+    found = shipped.find(text, shape.macros(), architecture) or shipped.find_ptx(text, shape.macros())
+    return "" if found is not None else reason
 
 
 def _architecture(device: int) -> int:
@@ -70,13 +98,13 @@ def _architecture(device: int) -> int:
     return 10 * major + minor
 
 
-def program(name: str, macros: Mapping[str, str], functions: Mapping[str, int], device: torch.device) -> Launcher:
-    """The compiled program of a source on a CUDA device, with the shared memory of each function in bytes.
+def program(shape: Shape, device: torch.device) -> Launcher:
+    """The program of a shape on a CUDA device: one that came with the package, else compiled here.
 
     Raises:
         ResourceError: no compiler, or a driver that refuses.
     """
-    return _program(name, tuple(sorted(macros.items())), tuple(functions.items()), device.index or 0)
+    return _program(shape, device.index or 0)
 
 
 def macros_of(vector: int, bits: Sequence[int], copies: int) -> dict[str, str]:
@@ -202,12 +230,14 @@ class GpuKernel(Kernel):
     prepares = True
     #: Why a layout cannot be run, or an empty string.
     refuses: ClassVar[Callable[[Layout], str]]
+    #: The programs that a layout needs.
+    shapes: ClassVar[Callable[[Layout], Sequence[Shape]]]
 
     @staticmethod
     def missing() -> str:
         if not torch.cuda.is_available() or torch.version.cuda is None:
             return "no CUDA device"
-        return cuda.why_no_compiler()
+        return "" if shipped.architectures() else cuda.why_no_compiler()
 
     @classmethod
     def why_not(cls, layout: Layout, device: torch.device) -> str:
@@ -216,7 +246,8 @@ class GpuKernel(Kernel):
         architecture = _architecture(device.index or 0)
         if architecture < _OLDEST:
             return f"it wants sm_{_OLDEST} or newer, not sm_{architecture}"
-        return cuda.why_no_compiler(architecture) or cls.refuses(layout)
+        reasons = (_why_no_program(shape, architecture) for shape in cls.shapes(layout))
+        return cls.refuses(layout) or next(filter(None, reasons), "")
 
     @staticmethod
     def takes(x: Tensor) -> bool:

@@ -12,6 +12,7 @@ import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from octavo.kernels._gpu import (
     program,
 )
 from octavo.kernels.select import in_words, registry
-from octavo.layout import Layout
+from octavo.layout import DTYPES, Layout
 from octavo.math.pack import unpack
 from octavo.stored import index_dtype_to_int64
 from octavo.weight import VQWeight
@@ -47,6 +48,8 @@ _BOOKS = {torch.float16: "kFloat16", torch.bfloat16: "kBfloat16"}
 @dataclass(frozen=True)
 class Shape:
     """What a program is compiled for; ``bits`` are those of the codes as the kernel reads them, 8 or 16."""
+
+    source: ClassVar[str] = "gather"
 
     vector: int
     bits: tuple[int, ...]
@@ -75,6 +78,20 @@ class Shape:
         return macros_of(self.vector, self.bits, self.copies) | {"BOOKS": _BOOKS[self.dtype]}
 
 
+def shapes_of(layout: Layout) -> list[Shape]:
+    """The programs that a layout needs: that of its outlier columns, if any, then that of the others."""
+    dtype, specs = DTYPES[layout.codebook_dtype], [(layout.vector_length, layout.stages)]
+    if (outliers := layout.outliers) is not None:
+        specs.insert(0, (outliers.vector_length, (outliers.bits,)))
+    return [Shape(v, tuple(8 if bits <= 8 else 16 for bits in stages), dtype) for v, stages in specs]
+
+
+def shapes() -> list[Shape]:
+    """The programs that published files need, and what `octavo quantize --method vptq` makes of most models."""
+    stages = ((16,), (16, 8), (16, 16), (8,), (8, 8))
+    return [Shape(v, bits, dtype) for v in (4, 8, 16) for bits in stages for dtype in _BOOKS]
+
+
 #: Makes the launcher of a shape.
 Launchers = Callable[[Shape], Launcher]
 
@@ -82,8 +99,8 @@ Launchers = Callable[[Shape], Launcher]
 class _Part:
     """Columns with books of their own."""
 
-    def __init__(self, codes: list[Tensor], books: list[Tensor], stages: tuple[int, ...], rows: int) -> None:
-        self.shape = Shape(books[0].shape[1], tuple(8 if bits <= 8 else 16 for bits in stages), books[0].dtype)
+    def __init__(self, shape: Shape, codes: list[Tensor], books: list[Tensor], rows: int) -> None:
+        self.shape = shape
         vector_rows, columns = codes[0].shape
         self.columns, self.places = columns, -(-columns // _CODES)
         self.planes, self.books = [], []
@@ -93,7 +110,7 @@ class _Part:
             # Those of 256 are copied whole; of larger ones no code reads beyond the end.
             spare = 256 - book.shape[0] if bits == 8 else 0
             self.books.append(functional.pad(book, (0, 0, 0, spare)).contiguous())
-        count = len(stages)
+        count = len(codes)
         pointers = ctypes.c_void_p * count
         fields = [("codes", pointers), ("books", pointers)]
         fields += [(name, ctypes.c_int64) for name in ("rows", "vector_rows", "places")]
@@ -130,16 +147,13 @@ class GatherMatrix(GpuMatrix):
         super().__init__(weight)
         layout = weight.layout
         self.parts: list[_Part] = []
+        found = shapes_of(layout)
         if (outliers := layout.outliers) is not None:
             codes = unpack(weight.tensors["outlier_indices"], outliers.bits, outliers.columns)
-            self.parts.append(_Part([codes], [weight.tensors["outlier_codebook"]], (outliers.bits,), self.rows))
-        dtype = weight.tensors["codebook_0"].dtype
-        books = [weight.codebook(stage)[0].to(dtype) for stage in range(len(layout.stages))]
-        self.parts.append(_Part(weight.codes(), books, layout.stages, self.rows))
-        self.launchers = [
-            launchers(s) if launchers else program("gather", s.macros(), s.functions(), self.device)
-            for s in (part.shape for part in self.parts)
-        ]
+            self.parts.append(_Part(found[0], [codes], [weight.tensors["outlier_codebook"]], self.rows))
+        books = [weight.codebook(stage)[0].to(found[-1].dtype) for stage in range(len(layout.stages))]
+        self.parts.append(_Part(found[-1], weight.codes(), books, self.rows))
+        self.launchers = [launchers(s) if launchers else program(s, self.device) for s in found]
         self.vector_rows = math.lcm(*(part.shape.vector for part in self.parts))
         order = torch.arange(self.inputs, device=self.device)
         if layout.permuted:
@@ -240,4 +254,5 @@ class CudaGather(GpuKernel):
 
     rank = -2
     refuses = staticmethod(why_not)
+    shapes = staticmethod(shapes_of)
     prepare = staticmethod(GatherMatrix)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ _TOKENS = 4096
 @dataclass(frozen=True)
 class Shape:
     """What a program is compiled for; ``bits`` are those of the codes as the kernel reads them, 4 or 8."""
+
+    source: ClassVar[str] = "lookup"
 
     vector: int
     bits: tuple[int, ...]
@@ -87,16 +89,16 @@ class Shape:
         return macros_of(self.vector, self.planes, self.copies) | stages
 
 
-def shape_of(vector_length: int, stages: tuple[int, ...], signs: bool = False) -> Shape:
-    """The program that codes need; those of 5 to 7 bits are kept as bytes."""
-    return Shape(vector_length, tuple(4 if bits <= 4 else 8 for bits in stages), signs)
+def shape_of(kind: Layout | codebooks.Codebook) -> Shape:
+    """The program that a layout or a codebook needs; codes of 5 to 7 bits are kept as bytes."""
+    return Shape(kind.vector_length, tuple(4 if bits <= 4 else 8 for bits in kind.stages), kind.sign_bits)
 
 
 def shapes() -> Mapping[str, Shape]:
     """The programs that the universal codebooks need, by codebook."""
     books = [get_codebook(name) for name in codebooks.names()]
     fitting = [b for b in books if b.vector_length in (4, 8) and max(b.stages) <= _MOST_BITS]
-    return {book.name: shape_of(book.vector_length, book.stages, book.sign_bits) for book in fitting}
+    return {book.name: shape_of(book) for book in fitting}
 
 
 class LookUpMatrix(GpuMatrix):
@@ -110,8 +112,8 @@ class LookUpMatrix(GpuMatrix):
     def __init__(self, weight: VQWeight, launcher: Launcher | None = None) -> None:
         super().__init__(weight)
         layout, device = weight.layout, self.device
-        self.shape = shape_of(layout.vector_length, layout.stages, layout.sign_bits)
-        self.launcher = launcher or program("lookup", self.shape.macros(), self.shape.functions(), device)
+        self.shape = shape_of(layout)
+        self.launcher = launcher or program(self.shape, device)
         codes, book = weight.codes(), get_codebook(layout.codebook)
         self.vectors = codes[0].shape[1]
         self.places = -(-self.vectors // _CODES)
@@ -228,4 +230,5 @@ class CudaLookUp(GpuKernel):
 
     rank = -1
     refuses = staticmethod(why_not)
+    shapes = staticmethod(lambda layout: [shape_of(layout)])
     prepare = staticmethod(LookUpMatrix)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +47,8 @@ _BLOCKS = 2
 @dataclass(frozen=True)
 class Shape:
     """What a program is compiled for; ``bits`` are those of a code as the kernel reads it, 2, 4, 8 or 16."""
+
+    source: ClassVar[str] = "tables"
 
     vector: int
     bits: int
@@ -119,7 +122,7 @@ class TableMatrix(GpuMatrix):
         super().__init__(weight)
         self.layout = layout = weight.layout
         self.shape = shape_of(layout)
-        self.launcher = launcher or program("tables", self.shape.macros(), self.shape.functions(), self.device)
+        self.launcher = launcher or program(self.shape, self.device)
         plans = {count: plan(layout, count) for count in COUNTS}
         self.plans = {count: found for count, found in plans.items() if found is not None}
         codes, v = weight.codes()[0], layout.vector_length
@@ -247,4 +250,5 @@ class CudaTables(GpuKernel):
 
     rank = -2
     refuses = staticmethod(why_not)
+    shapes = staticmethod(lambda layout: [shape_of(layout)])
     prepare = staticmethod(TableMatrix)
