@@ -27,8 +27,10 @@ test: $(VENV)/.dev
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# By the NVRTC of CUDA 12: what it compiles, drivers of CUDA 12 load as well as newer ones.
 cubins: $(VENV)/.dev
-	$(BIN)/python scripts/build_cubins.py
+	$(PIP_INSTALL) --upgrade --target build/nvrtc nvidia-cuda-nvrtc-cu12
+	PYTHONPATH=build/nvrtc $(BIN)/python scripts/build_cubins.py
 
 wheel: cubins
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .

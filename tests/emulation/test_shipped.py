@@ -14,6 +14,7 @@ import torch
 from octavo._core import cuda
 from octavo._core.errors import ResourceError
 from octavo.kernels import _gpu, _shipped, cuda_gather, cuda_lookup, cuda_tables
+from octavo.layout import Layout
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import build_cubins
@@ -62,6 +63,26 @@ def test_a_program_of_the_generation_is_taken_before_any_compiler(
     assert image == _shipped.find(_gpu.source("tables"), SHAPE.macros(), 86)
 
 
+def test_a_driver_that_refuses_it_gets_one_that_was_compiled_here(
+    loaded: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(module: Any, image: bytes) -> int:
+        loaded.append(image)
+        return 0 if image == b"compiled here" else 218  # CUDA_ERROR_INVALID_PTX
+
+    driver = cuda._driver()
+    monkeypatch.setattr(driver, "cuModuleLoadData", load)
+    monkeypatch.setattr(driver, "cuGetErrorString", lambda *arguments: 0, raising=False)
+    monkeypatch.setattr(_gpu, "_architecture", lambda device: 86)
+    monkeypatch.setattr(cuda, "cached_program", lambda *arguments: b"compiled here")
+    _gpu.program(SHAPE, DEVICE)
+    assert len(loaded) == 2
+    _gpu._program.cache_clear()
+    monkeypatch.setattr(cuda, "_nvrtc", lambda: None)
+    with pytest.raises(ResourceError, match="loading a kernel"):
+        _gpu.program(SHAPE, DEVICE)
+
+
 def test_without_a_compiler_others_get_ptx(loaded: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_gpu, "_architecture", lambda device: 80)
     monkeypatch.setattr(cuda, "_nvrtc", lambda: None)
@@ -81,6 +102,14 @@ def test_changed_options_are_another_program(archives: Path, monkeypatch: pytest
     assert _shipped.find(source, SHAPE.macros() | {"BITS": "4"}, 86) is None
     assert _shipped.find(source, SHAPE.macros(), 80) is None, "older than all that there are"
     assert _shipped.find(source, SHAPE.macros(), 90) is None
+
+
+def test_what_a_kernel_refuses_needs_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gpu, "_architecture", lambda device: 90)
+    layout = Layout((16, 64), 4, (8,), "row", codebook_dtype="int8")
+    assert "row vectors" in cuda_gather.CudaGather.why_not(layout, DEVICE)
+    monkeypatch.setattr(cuda, "_nvrtc", lambda: None)
+    assert "NVRTC was not found" in cuda_tables.CudaTables.why_not(layout, DEVICE)
 
 
 def test_what_is_shipped_serves_what_octavo_makes() -> None:

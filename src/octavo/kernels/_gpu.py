@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from octavo._core import cuda
-from octavo._core.errors import UsageError
+from octavo._core.errors import ResourceError, UsageError
 from octavo.kernels import _shipped as shipped
 from octavo.kernels.select import Kernel
 from octavo.layout import Layout
@@ -75,12 +75,18 @@ def source(name: str) -> str:
 
 @cache
 def _program(shape: Shape, device: int) -> Any:
-    text, architecture = source(shape.source), _architecture(device)
-    binary = shipped.find(text, shape.macros(), architecture)
-    if binary is None and cuda.why_no_compiler(architecture):
-        binary = shipped.find_ptx(text, shape.macros())
+    text, macros, architecture = source(shape.source), shape.macros(), _architecture(device)
+    compiles = not cuda.why_no_compiler(architecture)
+    if (binary := shipped.find(text, macros, architecture)) is not None:
+        try:
+            return cuda.Program(binary, device, shape.functions(), THREADS)
+        except ResourceError:
+            # A driver that is older than the compiler of the release; that of torch suits it.
+            if not compiles:
+                raise
+    binary = None if compiles else shipped.find_ptx(text, macros)
     if binary is None:
-        binary = cuda.cached_program(text, shape.macros(), f"sm_{architecture}")
+        binary = cuda.cached_program(text, macros, f"sm_{architecture}")
     return cuda.Program(binary, device, shape.functions(), THREADS)
 
 
@@ -246,8 +252,9 @@ class GpuKernel(Kernel):
         architecture = _architecture(device.index or 0)
         if architecture < _OLDEST:
             return f"it wants sm_{_OLDEST} or newer, not sm_{architecture}"
-        reasons = (_why_no_program(shape, architecture) for shape in cls.shapes(layout))
-        return cls.refuses(layout) or next(filter(None, reasons), "")
+        if reason := cls.refuses(layout):
+            return reason
+        return next(filter(None, (_why_no_program(shape, architecture) for shape in cls.shapes(layout))), "")
 
     @staticmethod
     def takes(x: Tensor) -> bool:
