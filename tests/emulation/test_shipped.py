@@ -17,7 +17,7 @@ from octavo.kernels import _gpu, _shipped, cuda_gather, cuda_lookup, cuda_tables
 from octavo.layout import Layout
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import build_cubins
+import build_cubins  # pyright: ignore[reportMissingImports]
 
 pytestmark = pytest.mark.skipif(bool(cuda.why_no_compiler()), reason=cuda.why_no_compiler())
 SHAPE = cuda_tables.Shape(4, 8)

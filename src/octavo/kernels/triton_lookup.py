@@ -100,8 +100,9 @@ def triton_linear(
     nibbles: int,
 ) -> Tensor:
     """W x + bias for ``x`` [n, in]: [n, rows] in its dtype; the others are the fields of a :class:`TritonMatrix`."""
-    from octavo.kernels import _triton_kernels as kernels
+    from octavo.kernels import _triton_kernels
 
+    kernels: Any = _triton_kernels  # Triton's types want constants as constexpr, which it makes of them itself
     (n, inputs), rows, v = x.shape, scales.shape[0], books.shape[2]
     y = torch.empty(n, rows, dtype=x.dtype, device=x.device)
     if n == 0:
