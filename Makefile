@@ -2,6 +2,8 @@
 # and do it again only when what they installed from has changed.
 #
 #   make test    the package, editable, with the development tools; all checks and all tests
+#   make wheel   what a release publishes: the CUDA kernels compiled for every processor (NVRTC from PyPI, no GPU, no nvcc), and
+#                the package with them, in dist/
 #   make sanitize  the tests of the C++ library under the address and undefined-behaviour sanitizers
 #   make demo    the package; fetches a small model, quantizes it, compares it with the original and lets it talk
 #
@@ -15,7 +17,7 @@ PYTEST_ARGS ?= -n 2 -q
 DEMO_MODEL := demo/SmolLM2-135M-Instruct.gguf
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: test sanitize demo clean FORCE
+.PHONY: test cubins wheel sanitize demo clean FORCE
 .NOTPARALLEL:
 
 test: $(VENV)/.dev
@@ -24,6 +26,14 @@ test: $(VENV)/.dev
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# By the NVRTC of CUDA 12: what it compiles, drivers of CUDA 12 load as well as newer ones.
+cubins: $(VENV)/.dev
+	$(PIP_INSTALL) --upgrade --target build/nvrtc nvidia-cuda-nvrtc-cu12
+	PYTHONPATH=build/nvrtc $(BIN)/python scripts/build_cubins.py
+
+wheel: cubins
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
 
 # Python itself leaks, and torch calls through pointers of other types: both are nobody's business here.
 sanitize: $(VENV)/.dev

@@ -54,6 +54,7 @@ def layout_of(codebook: str, shape: tuple[int, int]) -> Layout:
         book.stages,
         direction="row",
         codebook_dtype="universal",
+        sign_bits=book.sign_bits,
         codebook=codebook,
         block_scale=BlockScale(shape[1], 0, 8),
         transform=Transform(hadamard.block_size(shape[1], 256)),

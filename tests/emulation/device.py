@@ -8,7 +8,9 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+from octavo.kernels._gpu import Shape
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -29,21 +31,15 @@ class Emulator:
         assert self.run(name.encode(), *grid, threads, shared, values) == 0, name
 
 
-class Shape(Protocol):
-    """What a program is compiled for."""
-
-    def macros(self) -> dict[str, str]: ...
-
-
 @cache
-def emulator(name: str, shape: Shape) -> Emulator:
-    """The kernels of a source and a shape; compiled once per process."""
+def emulator(shape: Shape) -> Emulator:
+    """The kernels of a shape; compiled once per process."""
     assert COMPILER is not None
     folder = Path(tempfile.mkdtemp(prefix="octavo-emulated-"))
     library = folder / "kernel.so"
     macros = [f"-D{name}={value}" for name, value in shape.macros().items()]
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-DOCTAVO_EMULATOR", f"-I{HERE}"]
-    command = [COMPILER, *flags, *macros, str(HERE / f"{name}.cpp"), "-o", str(library)]
+    command = [COMPILER, *flags, *macros, str(HERE / f"{shape.source}.cpp"), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     loaded = Emulator(ctypes.CDLL(str(library)).octavo_emulate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,11 +34,10 @@ LAYOUTS = {
 
 
 def matrix(weight: VQWeight, blocks: int = 2) -> GatherMatrix:
-    return GatherMatrix(weight, lambda shape: Emulator(emulator("gather", shape).run, blocks))
+    return GatherMatrix(weight, lambda shape: Emulator(emulator(shape).run, blocks))
 
 
 @emulated
-@pytest.mark.filterwarnings("ignore:prompts through column vectors")
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_products_are_those_of_the_decoded_matrix(name: str) -> None:
     layout = LAYOUTS[name]
@@ -51,6 +51,16 @@ def test_products_are_those_of_the_decoded_matrix(name: str) -> None:
         y = packed.multiply(x.to(dtype))
         assert y.dtype == dtype
         assert error(y, multiplied(weight, x.to(dtype))) < limit
+        assert error(packed.multiply_many(x.to(dtype)), multiplied(weight, x.to(dtype))) < limit
+
+
+@emulated
+@pytest.mark.parametrize("name", ["v6, scales", "outliers"])
+def test_blocks_of_rows_make_up_the_matrix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random_weight(replace(LAYOUTS[name], shape=(200, LAYOUTS[name].shape[1])), seed=6)
+    packed, x = matrix(weight), torch.randn(3, weight.layout.shape[1])
+    monkeypatch.setattr(_gpu, "_DECODED", 1)
+    assert error(packed.multiply_many(x), multiplied(weight, x)) < 2e-6
 
 
 @emulated
@@ -68,6 +78,18 @@ def test_nan_and_infinity_reach_every_output() -> None:
     x = torch.randn(2, 40)
     x[0, 39], x[1, 0] = math.nan, math.inf
     assert not bool(matrix(weight).multiply(x).isfinite().any())
+
+
+@emulated
+def test_codes_lie_beyond_2_31_bytes() -> None:
+    """Memory that nobody touches takes none."""
+    packed = matrix(random_weight(Layout((16, 4096), 8, (12,), "column"), seed=7))
+    wanted, part = packed.decoded(0, 16, torch.float32), packed.parts[0]
+    vector_rows = 2**31 // (2 * 4096) + 4
+    plane = torch.empty(vector_rows, 4096, dtype=torch.uint16)
+    plane[-2:] = part.planes[0]
+    part.argument.codes[0], part.argument.rows = plane.data_ptr(), 8 * vector_rows
+    assert torch.equal(packed.decoded(8 * vector_rows - 16, 8 * vector_rows, torch.float32), wanted)
 
 
 def test_what_it_cannot_run_is_said() -> None:

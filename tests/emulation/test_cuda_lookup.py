@@ -26,7 +26,7 @@ emulated = pytest.mark.skipif(
     reason="emulation wants a C++ compiler, and coroutines as Linux has them",
 )
 BOOKS = ("gaussian-v8-k256-256", "gaussian-v8-k256", "gaussian-v8-k256-256-16", "gaussian-v4-k256-64")
-BOOKS += ("gaussian-v4-k256-256", "gaussian-v8-k256-256-256")
+BOOKS += ("gaussian-v4-k256-256", "gaussian-v8-k256-256-256", "gaussian-v8-k256-signs", "gaussian-v4-k256-signs")
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 #: Of the relative RMS error where inputs are rounded to bytes.
 LIMIT = 1e-2
@@ -40,6 +40,7 @@ def weight_of(name: str, shape: tuple[int, int], *, bias: bool = False, seed: in
         book.stages,
         direction="row",
         codebook_dtype="universal",
+        sign_bits=book.sign_bits,
         codebook=name,
         block_scale=BlockScale(shape[1], 0, 8),
         bias=bias,
@@ -49,8 +50,7 @@ def weight_of(name: str, shape: tuple[int, int], *, bias: bool = False, seed: in
 
 
 def matrix(weight: VQWeight, blocks: int = 2) -> LookUpMatrix:
-    shape = shape_of(weight.layout.vector_length, weight.layout.stages)
-    return LookUpMatrix(weight, Emulator(emulator("lookup", shape).run, blocks))
+    return LookUpMatrix(weight, Emulator(emulator(shape_of(weight.layout)).run, blocks))
 
 
 @emulated
@@ -163,6 +163,18 @@ def test_results_do_not_depend_on_the_number_of_blocks_or_tokens() -> None:
 
 
 @emulated
+def test_codes_lie_beyond_2_31_bytes() -> None:
+    """Memory that nobody touches takes none."""
+    packed = matrix(weight_of("gaussian-v8-k256", (16, 4096)))
+    wanted, rows = packed.decoded(0, 16, torch.float32), 2**31 // 512 + 32
+    plane, scales = torch.empty(rows, 512, dtype=torch.uint8), torch.empty(rows)
+    plane[-16:], scales[-16:] = packed.planes[0], packed.scales
+    packed.argument.codes[0], packed.argument.scales = plane.data_ptr(), scales.data_ptr()
+    packed.argument.rows = rows
+    assert torch.equal(packed.decoded(rows - 16, rows, torch.float32), wanted)
+
+
+@emulated
 def test_the_operator_is_one_that_torch_can_trace() -> None:
     weight = weight_of(BOOKS[0], (24, 64), bias=True)
     packed = matrix(weight)
@@ -178,6 +190,12 @@ def test_the_operator_is_one_that_torch_can_trace() -> None:
     assert error(traced(x) - 1, multiplied(weight, x)) < 1e-6
 
 
+def test_no_magnitude_is_zero() -> None:
+    """The kernel counts on it."""
+    signed = [book for book in map(codebooks.get, codebooks.names()) if book.sign_bits]
+    assert signed and all(int(table.min()) > 0 for book in signed for table in book.tables)
+
+
 def test_what_it_cannot_run_is_said() -> None:
     plain = weight_of(BOOKS[0], (16, 64)).layout
     assert cuda_lookup.why_not(plain) == ""
@@ -190,7 +208,8 @@ def test_what_it_cannot_run_is_said() -> None:
 @pytest.mark.skipif(bool(cuda.why_no_compiler()), reason=cuda.why_no_compiler())
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_program_compiles_without_spilling_registers(architecture: str) -> None:
-    for name in ("gaussian-v8-k256-256", "gaussian-v4-k256-256", "gaussian-v8-k256-256-16"):
+    names = ("gaussian-v8-k256-256", "gaussian-v4-k256-256", "gaussian-v8-k256-256-16", "gaussian-v8-k256-signs")
+    for name in (*names, "gaussian-v4-k256-signs"):
         binary, log = cuda.compile_program(_gpu.source("lookup"), shapes()[name].macros(), architecture, report=True)
         assert binary[:4] == b"\x7fELF"
         assert not [spill for spill in re.findall(r"(\d+) bytes spill", log) if spill != "0"], log

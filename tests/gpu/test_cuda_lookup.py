@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
 from emulation.test_cuda_gather import LAYOUTS
 from emulation.test_cuda_lookup import BOOKS, LIMIT, weight_of
+from emulation.test_cuda_tables import LAYOUTS as TILED
 from formats.strategies import random_weight
 from octavo.kernels import _gpu, select
 from octavo.kernels.cuda_lookup import LookUpMatrix
@@ -53,6 +56,28 @@ def test_column_vectors_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for n in (1, 3, 8, 40):
         x = torch.randn(n, weight.layout.shape[1], device=GPU)
         assert error(layer(x).cpu(), multiplied(weight, x.cpu())) < 2e-3, "TF32 at most"
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_codebooks_per_tile_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random_weight(TILED[name], seed=1)
+    monkeypatch.setenv(select.ENVIRONMENT, "cuda_tables")
+    layer = VQLinear.from_weight(weight).to(GPU)
+    for n in (1, 3, 8, 40):
+        x = torch.randn(n, weight.layout.shape[1], device=GPU)
+        assert error(layer(x).cpu(), multiplied(weight, x.cpu())) < 2e-3, "TF32 at most"
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("name", BOOKS)
+def test_triton_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = weight_of(name, (130, 576), bias=True)
+    monkeypatch.setenv(select.ENVIRONMENT, "triton_lookup")
+    layer = VQLinear.from_weight(weight).to(GPU)
+    for n in (1, 3, 40):
+        x = torch.randn(n, 576, device=GPU)
+        assert error(layer(x).cpu(), multiplied(weight, x.cpu())) < 1e-5
+        assert error(layer(x.bfloat16()).cpu(), multiplied(weight, x.bfloat16().cpu())) < 1e-2
 
 
 def test_it_runs_in_graphs_and_on_other_streams() -> None:

@@ -32,6 +32,12 @@ def _copy_sources(folder: Path) -> None:
     for name in ("pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, folder / name)
+    # As a checkout has it in which kernels were compiled for a release; git ignores them, the wheel must not.
+    cubins = folder / "src" / "octavo" / "kernels" / "cubins"
+    cubins.mkdir(exist_ok=True)
+    with zipfile.ZipFile(cubins / "sm_90.zip", "w") as archive:
+        archive.writestr("key", b"program")
+    shutil.copy(ROOT / ".gitignore", folder / ".gitignore")
 
 
 _IMPORT_WHEEL = """
@@ -60,6 +66,7 @@ def test_without_a_compiler_a_pure_python_wheel_installs_and_says_what_is_missin
         names = archive.namelist()
         archive.extractall(installed)
     wanted = {"octavo/__init__.py", "octavo/py.typed", "octavo/math/assign.py", "octavo/kernels/cuda/lookup.cu"}
+    wanted.add("octavo/kernels/cubins/sm_90.zip")
     assert wanted <= set(names)
     assert not [name for name in names if re.search(r"octavo_c|\.(so|dylib|dll|cpp|h)$", name)]
 

@@ -61,6 +61,8 @@ def why_no_compiler(architecture: int = 0) -> str:
 def compile_program(source: str, macros: Mapping[str, str], architecture: str, *, report: bool = False) -> Any:
     """Compile CUDA C++ for a processor such as ``sm_90``; gives its binary, or (binary, log) with ``report``.
 
+    For a family such as ``compute_75`` it gives PTX, which drivers compile for every processor that is not older.
+
     Raises:
         ResourceError: no NVRTC, one that does not know the processor, or a program that does not compile.
     """
@@ -79,7 +81,10 @@ def compile_program(source: str, macros: Mapping[str, str], architecture: str, *
         log = _text(lib.nvrtcGetProgramLogSize, lib.nvrtcGetProgramLog, program).rstrip(b"\0").decode(errors="replace")
         if failed:
             raise ResourceError(f"NVRTC could not compile a kernel for {architecture}: {log.strip() or failed}")
-        binary = _text(lib.nvrtcGetCUBINSize, lib.nvrtcGetCUBIN, program)
+        if architecture.startswith("compute_"):
+            binary = _text(lib.nvrtcGetPTXSize, lib.nvrtcGetPTX, program)
+        else:
+            binary = _text(lib.nvrtcGetCUBINSize, lib.nvrtcGetCUBIN, program)
     finally:
         lib.nvrtcDestroyProgram(ctypes.byref(program))
     return (binary, log) if report else binary
@@ -93,6 +98,11 @@ def _text(size: Any, get: Any, program: ctypes.c_void_p) -> bytes:
     return buffer.raw
 
 
+def program_key(source: str, macros: Mapping[str, str], architecture: str) -> str:
+    """What tells a compiled program from all others: the hash of its source and options, not of the compiler."""
+    return hashlib.sha256(repr((source, sorted(macros.items()), _OPTIONS, architecture)).encode()).hexdigest()
+
+
 def cached_program(source: str, macros: Mapping[str, str], architecture: str) -> bytes:
     """:func:`compile_program`, from the cache on disk if it was compiled before.
 
@@ -103,8 +113,8 @@ def cached_program(source: str, macros: Mapping[str, str], architecture: str) ->
     version = (ctypes.c_int(), ctypes.c_int())
     if lib is not None:
         lib.nvrtcVersion(ctypes.byref(version[0]), ctypes.byref(version[1]))
-    identity = repr((source, sorted(macros.items()), _OPTIONS, architecture, version[0].value, version[1].value))
-    path = _cache_folder() / f"{hashlib.sha256(identity.encode()).hexdigest()}.cubin"
+    key = program_key(source, macros, architecture)
+    path = _cache_folder() / f"{key}-{version[0].value}.{version[1].value}.cubin"
     try:
         return path.read_bytes()
     except OSError:

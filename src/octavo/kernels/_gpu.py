@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import os
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from octavo._core import cuda
-from octavo._core.errors import UsageError
+from octavo._core.errors import ResourceError, UsageError
+from octavo.kernels import _shipped as shipped
 from octavo.kernels.select import Kernel
 from octavo.layout import Layout
 from octavo.weight import VQWeight
@@ -29,6 +32,10 @@ COUNTS = (4, 2, 1)
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 #: From so many inputs on rows are decoded and multiplied as a dense matrix.
 _MANY = 9
+#: Decoded numbers at a time: a product at full speed, and 32 MB in half precision, which second-level caches hold.
+_DECODED = 1 << 24
+#: Rows of a decoded block come in multiples of this and of the rows of a vector.
+_ROWS = 64
 #: The oldest processors with the memory that the kernels need.
 _OLDEST = 75
 
@@ -45,6 +52,21 @@ class Launcher(Protocol):
         ...
 
 
+class Shape(Protocol):
+    """What a program is compiled for."""
+
+    #: The name of its source.
+    source: ClassVar[str]
+
+    def macros(self) -> dict[str, str]:
+        """As the source wants them."""
+        ...
+
+    def functions(self) -> dict[str, int]:
+        """The functions of the program and the most shared memory of each in bytes."""
+        ...
+
+
 def source(name: str) -> str:
     """The CUDA source of a kernel, with what all share before it."""
     folder = files("octavo.kernels").joinpath("cuda")
@@ -52,11 +74,29 @@ def source(name: str) -> str:
 
 
 @cache
-def _program(
-    name: str, macros: tuple[tuple[str, str], ...], functions: tuple[tuple[str, int], ...], device: int
-) -> Any:
-    binary = cuda.cached_program(source(name), dict(macros), f"sm_{_architecture(device)}")
-    return cuda.Program(binary, device, dict(functions), THREADS)
+def _program(shape: Shape, device: int) -> Any:
+    text, macros, architecture = source(shape.source), shape.macros(), _architecture(device)
+    compiles = not cuda.why_no_compiler(architecture)
+    if (binary := shipped.find(text, macros, architecture)) is not None:
+        try:
+            return cuda.Program(binary, device, shape.functions(), THREADS)
+        except ResourceError:
+            # A driver that is older than the compiler of the release; that of torch suits it.
+            if not compiles:
+                raise
+    binary = None if compiles else shipped.find_ptx(text, macros)
+    if binary is None:
+        binary = cuda.cached_program(text, macros, f"sm_{architecture}")
+    return cuda.Program(binary, device, shape.functions(), THREADS)
+
+
+def _why_no_program(shape: Shape, architecture: int) -> str:
+    """Why a program is neither shipped for a processor nor can be compiled, or an empty string."""
+    if not (reason := cuda.why_no_compiler(architecture)):
+        return ""
+    text = source(shape.source)
+    found = shipped.find(text, shape.macros(), architecture) or shipped.find_ptx(text, shape.macros())
+    return "" if found is not None else reason
 
 
 def _has_device() -> bool:
@@ -68,13 +108,13 @@ def _architecture(device: int) -> int:
     return 10 * major + minor
 
 
-def program(name: str, macros: Mapping[str, str], functions: Mapping[str, int], device: torch.device) -> Launcher:
-    """The compiled program of a source on a CUDA device, with the shared memory of each function in bytes.
+def program(shape: Shape, device: torch.device) -> Launcher:
+    """The program of a shape on a CUDA device: one that came with the package, else compiled here.
 
     Raises:
         ResourceError: no compiler, or a driver that refuses.
     """
-    return _program(name, tuple(sorted(macros.items())), tuple(functions.items()), device.index or 0)
+    return _program(shape, device.index or 0)
 
 
 def macros_of(vector: int, bits: Sequence[int], copies: int) -> dict[str, str]:
@@ -120,8 +160,39 @@ class GpuMatrix(ABC):
         """W x + bias for ``x`` [n, in] on the device, contiguous; gives [n, out] in its dtype."""
 
     @abstractmethod
+    def moved(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What :meth:`decoded` rows are multiplied by in place of ``x``, [n, columns] in its dtype; and what is added
+        to all outputs of an input, [n], or None."""
+
+    @abstractmethod
+    def decoded(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Rows [first, last), [rows, columns]; ``first`` is a multiple of 64 and of :attr:`vector_rows`."""
+
+    #: Rows of a vector.
+    vector_rows: int = 1
+
     def multiply_many(self, x: Tensor) -> Tensor:
-        """:meth:`multiply` for many inputs."""
+        """:meth:`multiply` for many inputs: blocks of rows are decoded in the dtype of ``x`` and multiplied densely.
+
+        On tensor cores that is cuBLAS. For R x K weights and M inputs a product takes 2 M R K / F seconds at F FLOP/s;
+        decoding writes 2 R K bytes, and the product reads them, 4 R K / B seconds at B bytes/s: 2 F / (M B) of the
+        product's time. A100 (F = 250e12 reached, B = 2e12 of memory or about 4e12 of the second-level cache, where
+        blocks of 2^24 numbers stay): 12 % of it at M = 2048 from memory, 6 % from the cache, and 4 times as much at
+        M = 512. H100 (650e12, 3.3e12, 6e12): 19 % and 11 %, and 4 times as much. To decode into the tiles of a product
+        instead costs a decoding per M / 256 tiles, and a product of one's own that reaches cuBLAS's F: worth it below
+        M = 1024 or so, not at the length of a prompt.
+        """
+        moved, added = self.moved(x)
+        y = torch.empty(x.shape[0], self.rows, dtype=x.dtype, device=x.device)
+        unit = math.lcm(_ROWS, self.vector_rows)
+        step = max(_DECODED // moved.shape[1] // unit, 1) * unit
+        for first in range(0, self.rows, step):
+            last = min(first + step, self.rows)
+            part = functional.linear(moved, self.decoded(first, last, x.dtype))
+            if self.bias is not None:
+                part = part + self.bias[first:last].to(x.dtype)
+            y[:, first:last] = part if added is None else part + added.to(x.dtype).unsqueeze(1)
+        return y
 
     @property
     def stream(self) -> int:
@@ -169,10 +240,14 @@ class GpuKernel(Kernel):
     prepares = True
     #: Why a layout cannot be run, or an empty string.
     refuses: ClassVar[Callable[[Layout], str]]
+    #: The programs that a layout needs.
+    shapes: ClassVar[Callable[[Layout], Sequence[Shape]]]
 
     @staticmethod
     def missing() -> str:
-        return cuda.why_no_compiler() if _has_device() else "no CUDA device"
+        if not _has_device():
+            return "no CUDA device"
+        return "" if shipped.architectures() else cuda.why_no_compiler()
 
     @classmethod
     def why_not(cls, layout: Layout, device: torch.device) -> str:
@@ -181,14 +256,18 @@ class GpuKernel(Kernel):
         architecture = _architecture(device.index or 0)
         if architecture < _OLDEST:
             return f"it wants sm_{_OLDEST} or newer, not sm_{architecture}"
-        return cuda.why_no_compiler(architecture) or cls.refuses(layout)
+        return cls.refuses(layout) or cls._lacking(layout, architecture)
 
     @classmethod
     def remedy(cls, layout: Layout, device: torch.device) -> str:
         if device.type != "cuda" or not _has_device() or cls.refuses(layout):
             return ""
         architecture = _architecture(device.index or 0)
-        return cuda.why_no_compiler(architecture) if architecture >= _OLDEST else ""
+        return cls._lacking(layout, architecture) if architecture >= _OLDEST else ""
+
+    @classmethod
+    def _lacking(cls, layout: Layout, architecture: int) -> str:
+        return next(filter(None, (_why_no_program(shape, architecture) for shape in cls.shapes(layout))), "")
 
     @staticmethod
     def takes(x: Tensor) -> bool:

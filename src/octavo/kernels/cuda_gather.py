@@ -1,22 +1,23 @@
 """The CUDA kernel for vectors along the outputs, VPTQ's: large books are read where they lie (``cuda/gather.cu``).
 
 Norms and order of the inputs are seen to once per product, not once per row of vectors; outlier columns are a matrix of
-their own, whose sums the others are added to. Centroids and inputs are not rounded.
+their own, whose sums the others are added to. Centroids and inputs are not rounded. Prompts are multiplied by blocks of
+decoded rows, which takes a pass over the codes per prompt; a code is 32 bytes of the second-level cache whatever is
+done with it, as much as eight decoded weights are written and read with: decoding costs twice what ``_gpu`` works out.
 """
 
 from __future__ import annotations
 
 import ctypes
-import warnings
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from octavo._core.clib import SlowPathWarning
 from octavo.kernels._gpu import (
     COUNTS,
     THREADS,
@@ -30,9 +31,8 @@ from octavo.kernels._gpu import (
     product_of,
     program,
 )
-from octavo.kernels.reference import linear as reference
 from octavo.kernels.select import in_words, registry
-from octavo.layout import Layout
+from octavo.layout import DTYPES, Layout
 from octavo.math.pack import unpack
 from octavo.stored import index_dtype_to_int64
 from octavo.weight import VQWeight
@@ -40,12 +40,16 @@ from octavo.weight import VQWeight
 _MOST_STAGES = 4
 #: Codes of a lane at a time, as in the source.
 _CODES = 8
+#: Inputs that are put in order at a time.
+_TOKENS = 4096
 _BOOKS = {torch.float16: "kFloat16", torch.bfloat16: "kBfloat16"}
 
 
 @dataclass(frozen=True)
 class Shape:
     """What a program is compiled for; ``bits`` are those of the codes as the kernel reads them, 8 or 16."""
+
+    source: ClassVar[str] = "gather"
 
     vector: int
     bits: tuple[int, ...]
@@ -67,11 +71,25 @@ class Shape:
     def functions(self) -> dict[str, int]:
         """The functions of the program and their bytes of shared memory."""
         products = dict.fromkeys(map(product_of, COUNTS), self.shared)
-        return products | {"octavo_order": 4 * THREADS}
+        return products | {"octavo_order": 4 * THREADS, "octavo_decode": 0}
 
     def macros(self) -> dict[str, str]:
         """As the source wants them."""
         return macros_of(self.vector, self.bits, self.copies) | {"BOOKS": _BOOKS[self.dtype]}
+
+
+def shapes_of(layout: Layout) -> list[Shape]:
+    """The programs that a layout needs: that of its outlier columns, if any, then that of the others."""
+    dtype, specs = DTYPES[layout.codebook_dtype], [(layout.vector_length, layout.stages)]
+    if (outliers := layout.outliers) is not None:
+        specs.insert(0, (outliers.vector_length, (outliers.bits,)))
+    return [Shape(v, tuple(8 if bits <= 8 else 16 for bits in stages), dtype) for v, stages in specs]
+
+
+def shapes() -> list[Shape]:
+    """The programs that published files need, and what `octavo quantize --method vptq` makes of most models."""
+    stages = ((16,), (16, 8), (16, 16), (8,), (8, 8))
+    return [Shape(v, bits, dtype) for v in (4, 8, 16) for bits in stages for dtype in _BOOKS]
 
 
 #: Makes the launcher of a shape.
@@ -81,8 +99,8 @@ Launchers = Callable[[Shape], Launcher]
 class _Part:
     """Columns with books of their own."""
 
-    def __init__(self, codes: list[Tensor], books: list[Tensor], stages: tuple[int, ...], rows: int) -> None:
-        self.shape = Shape(books[0].shape[1], tuple(8 if bits <= 8 else 16 for bits in stages), books[0].dtype)
+    def __init__(self, shape: Shape, codes: list[Tensor], books: list[Tensor], rows: int) -> None:
+        self.shape = shape
         vector_rows, columns = codes[0].shape
         self.columns, self.places = columns, -(-columns // _CODES)
         self.planes, self.books = [], []
@@ -92,7 +110,7 @@ class _Part:
             # Those of 256 are copied whole; of larger ones no code reads beyond the end.
             spare = 256 - book.shape[0] if bits == 8 else 0
             self.books.append(functional.pad(book, (0, 0, 0, spare)).contiguous())
-        count = len(stages)
+        count = len(codes)
         pointers = ctypes.c_void_p * count
         fields = [("codes", pointers), ("books", pointers)]
         fields += [(name, ctypes.c_int64) for name in ("rows", "vector_rows", "places")]
@@ -127,18 +145,16 @@ class GatherMatrix(GpuMatrix):
 
     def __init__(self, weight: VQWeight, launchers: Launchers | None = None) -> None:
         super().__init__(weight)
-        self.weight, layout = weight, weight.layout
+        layout = weight.layout
         self.parts: list[_Part] = []
+        found = shapes_of(layout)
         if (outliers := layout.outliers) is not None:
             codes = unpack(weight.tensors["outlier_indices"], outliers.bits, outliers.columns)
-            self.parts.append(_Part([codes], [weight.tensors["outlier_codebook"]], (outliers.bits,), self.rows))
-        dtype = weight.tensors["codebook_0"].dtype
-        books = [weight.codebook(stage)[0].to(dtype) for stage in range(len(layout.stages))]
-        self.parts.append(_Part(weight.codes(), books, layout.stages, self.rows))
-        self.launchers = [
-            launchers(s) if launchers else program("gather", s.macros(), s.functions(), self.device)
-            for s in (part.shape for part in self.parts)
-        ]
+            self.parts.append(_Part(found[0], [codes], [weight.tensors["outlier_codebook"]], self.rows))
+        books = [weight.codebook(stage)[0].to(found[-1].dtype) for stage in range(len(layout.stages))]
+        self.parts.append(_Part(found[-1], weight.codes(), books, self.rows))
+        self.launchers = [launchers(s) if launchers else program(s, self.device) for s in found]
+        self.vector_rows = math.lcm(*(part.shape.vector for part in self.parts))
         order = torch.arange(self.inputs, device=self.device)
         if layout.permuted:
             order = index_dtype_to_int64(weight.tensors["permutation"])
@@ -156,13 +172,8 @@ class GatherMatrix(GpuMatrix):
         n, padded = x.shape[0], self.order.shape[0]
         kind = ctypes.c_int(TYPES[x.dtype])
         y = torch.empty(n, self.rows, dtype=x.dtype, device=x.device)
-        moved, added = self.floats(n, padded), self.floats(n)
+        moved, added = self._order(x, self.input_scales)
         sums = self.floats(n, self.rows) if len(self.parts) > 1 else None
-        inputs = (address(x), kind, ctypes.c_int64(self.inputs), ctypes.c_int64(padded), address(self.order))
-        norms = (address(self.input_scales), address(self.offsets), address(moved), address(added))
-        # The first block adds the offsets up.
-        grid = (1 + -(-padded // THREADS), n)
-        self.launchers[0].launch("octavo_order", grid, THREADS, 4 * THREADS, self.stream, *inputs, *norms)
         for first, count in portions(n):
             column, name = 0, product_of(count)
             for number, (part, launcher) in enumerate(zip(self.parts, self.launchers, strict=True)):
@@ -179,20 +190,42 @@ class GatherMatrix(GpuMatrix):
                 column += part.places * _CODES
         return y
 
-    def multiply_many(self, x: Tensor) -> Tensor:
-        """The whole matrix is decoded and multiplied as a dense one."""
-        _warn_of_many()
-        return reference(x, self.weight)
+    def moved(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        # Norms go to the weights: an input times its norm might leave the range of half precision.
+        moved, added = self._order(x, None)
+        return moved.to(x.dtype), added
 
+    def decoded(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Rows [first, last) in the order of the parts, with zeros behind each of them."""
+        padded = self.order.shape[0]
+        found = torch.empty(last - first, padded, dtype=dtype, device=self.device)
+        column, ordered = 0, None
+        if self.input_scales is not None:
+            ordered = self.input_scales[self.order.clamp(min=0).long()]
+        for part, launcher in zip(self.parts, self.launchers, strict=True):
+            end = self.scales if part is self.parts[-1] else None
+            factors = (address(None if ordered is None else ordered[column:]), address(end))
+            places = (ctypes.c_int64(column), ctypes.c_int64(padded))
+            sizes = (ctypes.c_int64(first), ctypes.c_int64(last - first), ctypes.c_int64(part.columns))
+            blocks = -(-(-(-(last - first) // part.shape.vector) * part.places) // THREADS)
+            arguments = (part.argument, *sizes, *factors, *places, address(found), ctypes.c_int(TYPES[dtype]))
+            launcher.launch("octavo_decode", (min(blocks, 1 << 16), 1), THREADS, 0, self.stream, *arguments)
+            column += part.places * _CODES
+        return found
 
-@cache
-def _warn_of_many() -> None:
-    warnings.warn(
-        "prompts through column vectors decode each whole matrix at every call, for cuda_gather has no kernel for many "
-        "inputs; octavo.load(folder, decode='dense') decodes once.",
-        SlowPathWarning,
-        stacklevel=4,
-    )
+    def _order(self, x: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Inputs in the order of the parts, times their scales, [n, padded]; and what the offsets add, [n]."""
+        n, padded = x.shape[0], self.order.shape[0]
+        moved, added = self.floats(n, padded), self.floats(n)
+        sizes = (ctypes.c_int(TYPES[x.dtype]), ctypes.c_int64(self.inputs), ctypes.c_int64(padded))
+        for first in range(0, n, _TOKENS):
+            part = x[first : first + _TOKENS]
+            norms = (address(scales), address(self.offsets), address(moved[first:]), address(added[first:]))
+            # The first block adds the offsets up.
+            grid = (1 + -(-padded // THREADS), part.shape[0])
+            arguments = (address(part), *sizes, address(self.order), *norms)
+            self.launchers[0].launch("octavo_order", grid, THREADS, 4 * THREADS, self.stream, *arguments)
+        return moved, added
 
 
 def why_not(layout: Layout) -> str:
@@ -221,4 +254,5 @@ class CudaGather(GpuKernel):
 
     rank = -2
     refuses = staticmethod(why_not)
+    shapes = staticmethod(shapes_of)
     prepare = staticmethod(GatherMatrix)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,16 +43,22 @@ _CODES, _ROWS = 8, 4
 _EVEN = 64
 #: Inputs that are transformed at a time.
 _TOKENS = 4096
-#: Decoded numbers at a time: large enough for a product at full speed.
-_DECODED = 1 << 24
 
 
 @dataclass(frozen=True)
 class Shape:
     """What a program is compiled for; ``bits`` are those of the codes as the kernel reads them, 4 or 8."""
 
+    source: ClassVar[str] = "lookup"
+
     vector: int
     bits: tuple[int, ...]
+    signs: bool = False
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Bits of the codes of every plane; signs are one of their own."""
+        return (*self.bits, self.vector) if self.signs else self.bits
 
     @property
     def copies(self) -> int:
@@ -79,19 +85,20 @@ class Shape:
 
     def macros(self) -> dict[str, str]:
         """As the source wants them."""
-        return macros_of(self.vector, self.bits, self.copies)
+        stages = {"STAGES": str(len(self.bits)), "SIGNS": str(int(self.signs))}
+        return macros_of(self.vector, self.planes, self.copies) | stages
 
 
-def shape_of(vector_length: int, stages: tuple[int, ...]) -> Shape:
-    """The program that codes need; those of 5 to 7 bits are kept as bytes."""
-    return Shape(vector_length, tuple(4 if bits <= 4 else 8 for bits in stages))
+def shape_of(kind: Layout | codebooks.Codebook) -> Shape:
+    """The program that a layout or a codebook needs; codes of 5 to 7 bits are kept as bytes."""
+    return Shape(kind.vector_length, tuple(4 if bits <= 4 else 8 for bits in kind.stages), kind.sign_bits)
 
 
 def shapes() -> Mapping[str, Shape]:
     """The programs that the universal codebooks need, by codebook."""
     books = [get_codebook(name) for name in codebooks.names()]
-    fitting = [b for b in books if not b.sign_bits and b.vector_length in (4, 8) and max(b.stages) <= _MOST_BITS]
-    return {book.name: shape_of(book.vector_length, book.stages) for book in fitting}
+    fitting = [b for b in books if b.vector_length in (4, 8) and max(b.stages) <= _MOST_BITS]
+    return {book.name: shape_of(book) for book in fitting}
 
 
 class LookUpMatrix(GpuMatrix):
@@ -105,17 +112,17 @@ class LookUpMatrix(GpuMatrix):
     def __init__(self, weight: VQWeight, launcher: Launcher | None = None) -> None:
         super().__init__(weight)
         layout, device = weight.layout, self.device
-        self.shape = shape_of(layout.vector_length, layout.stages)
-        self.launcher = launcher or program("lookup", self.shape.macros(), self.shape.functions(), device)
+        self.shape = shape_of(layout)
+        self.launcher = launcher or program(self.shape, device)
         codes, book = weight.codes(), get_codebook(layout.codebook)
         self.vectors = codes[0].shape[1]
         self.places = -(-self.vectors // _CODES)
         self.padded = self.places * self.shape.group
         self.planes: list[Tensor] = []
-        for plane, bits in zip(codes, self.shape.bits, strict=True):
+        for plane, bits in zip(codes, self.shape.planes, strict=True):
             whole = functional.pad(plane.to(torch.uint8), (0, self.places * _CODES - self.vectors))
             self.planes.append((whole[:, ::2] | whole[:, 1::2] << 4 if bits == 4 else whole).contiguous())
-        self.books = torch.zeros(len(codes), 256, layout.vector_length, dtype=torch.int8)
+        self.books = torch.zeros(len(layout.stages), 256, layout.vector_length, dtype=torch.int8)
         for stage, table in enumerate(book.tables):
             self.books[stage, : table.shape[0]] = table
         self.books = self.books.to(device)
@@ -126,10 +133,10 @@ class LookUpMatrix(GpuMatrix):
         if layout.transform is not None:
             self.signs = hadamard.unpack_signs(weight.tensors["input_signs"], self.inputs).contiguous()
             self.block = layout.transform.input
-        self.argument = _matrix_type(len(codes))(
+        self.argument = _matrix_type(len(layout.stages), len(codes))(
             (ctypes.c_void_p * len(codes))(*(plane.data_ptr() for plane in self.planes)),
             self.books.data_ptr(),
-            (ctypes.c_float * len(codes))(*book.scales),
+            (ctypes.c_float * len(layout.stages))(*book.scales),
             self.scales.data_ptr(),
             None if self.bias is None else self.bias.data_ptr(),
             self.rows,
@@ -155,17 +162,9 @@ class LookUpMatrix(GpuMatrix):
             self._launch(name, (self.blocks(self.launcher, name, groups), 1), self.argument, *inputs, kind)
         return y
 
-    def multiply_many(self, x: Tensor) -> Tensor:
-        """Blocks of rows are decoded in the dtype of ``x`` and multiplied as dense matrices."""
+    def moved(self, x: Tensor) -> tuple[Tensor, None]:
         parts = [self.rotated(part)[:, : self.inputs].to(x.dtype) for part in x.split(_TOKENS)]
-        moved = torch.cat(parts) if len(parts) > 1 else parts[0]
-        y = torch.empty(x.shape[0], self.rows, dtype=x.dtype, device=x.device)
-        step = max(_DECODED // self.inputs, 1)
-        for first in range(0, self.rows, step):
-            last = min(first + step, self.rows)
-            part = functional.linear(moved, self.decoded(first, last, x.dtype))
-            y[:, first:last] = part if self.bias is None else part + self.bias[first:last].to(x.dtype)
-        return y
+        return torch.cat(parts) if len(parts) > 1 else parts[0], None
 
     def rotated(self, x: Tensor) -> Tensor:
         """The transform of ``x`` [n, in]: [n, padded] float32, zeros at the end."""
@@ -194,9 +193,9 @@ class LookUpMatrix(GpuMatrix):
         self.launcher.launch(name, grid, THREADS, size, self.stream, *arguments)
 
 
-def _matrix_type(stages: int) -> type[ctypes.Structure]:
-    """``Matrix`` of the source, which has as many pointers as there are stages."""
-    fields = [("codes", ctypes.c_void_p * stages), ("books", ctypes.c_void_p), ("units", ctypes.c_float * stages)]
+def _matrix_type(stages: int, planes: int) -> type[ctypes.Structure]:
+    """``Matrix`` of the source, which has as many pointers as there are planes of codes."""
+    fields = [("codes", ctypes.c_void_p * planes), ("books", ctypes.c_void_p), ("units", ctypes.c_float * stages)]
     fields += [("scales", ctypes.c_void_p), ("bias", ctypes.c_void_p)]
     fields += [("rows", ctypes.c_int64), ("vectors", ctypes.c_int64)]
     return type("Matrix", (ctypes.Structure,), {"_fields_": fields})
@@ -212,7 +211,7 @@ def why_not(layout: Layout) -> str:
             f"{len(layout.stages)} stages": len(layout.stages) > _MOST_STAGES,
             "codebooks above 256 entries": max(layout.stages) > _MOST_BITS,
             "codebooks that are not universal": not layout.codebook,
-            "sign bits": layout.sign_bits,
+            "signs of sums": layout.sign_bits and len(layout.stages) > 1,
             "several scales per row": block is not None and block.columns < layout.shape[1],
             "zero points": block is not None and block.zero_bits > 0,
             "channel norms": layout.channel_norm != "none",
@@ -231,4 +230,5 @@ class CudaLookUp(GpuKernel):
 
     rank = -1
     refuses = staticmethod(why_not)
+    shapes = staticmethod(lambda layout: [shape_of(layout)])
     prepare = staticmethod(LookUpMatrix)

@@ -195,3 +195,32 @@ MULTIPLY(1)
 MULTIPLY(2)
 MULTIPLY(4)
 #undef MULTIPLY
+
+// Rows [first, first + rows) of this part as numbers of `type`, [rows][stride], from `column` on and up to whole places,
+// zeros behind the last column; `first` is a multiple of VECTOR, column_scales [columns] and row_scales [rows] or NULL.
+// A thread decodes the codes of a place.
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    octavo_decode(Part part, int64_t first, int64_t rows, int64_t columns, const float* column_scales,
+                  const float* row_scales, int64_t column, int64_t stride, void* to, int type) {
+    const int64_t across = part.places, down = (rows + VECTOR - 1) / VECTOR;
+    const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+#pragma unroll 1
+    for (int64_t n = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; n < across * down; n += step) {
+        const int64_t row = n / across, place = n % across;
+        const Codes codes = load_codes(part, first / VECTOR + row, place);
+#pragma unroll
+        for (int i = 0; i < kCodes; ++i) {
+            const int64_t at = place * kCodes + i;
+            float weights[VECTOR] = {};
+#pragma unroll
+            for (int s = 0; s < STAGES; ++s)
+                add_centroid(part.books[s] + static_cast<int64_t>(code_of(codes, s, i)) * VECTOR, weights);
+            const float scale = at >= columns ? 0.0f : column_scales == nullptr ? 1.0f : column_scales[at];
+            for (int j = 0; j < VECTOR && row * VECTOR + j < rows; ++j) {
+                const int64_t output = row * VECTOR + j;
+                const float all = row_scales == nullptr ? scale : scale * row_scales[first + output];
+                store_as(to, output * stride + column + at, at >= columns ? 0.0f : weights[j] * all, type);
+            }
+        }
+    }
+}

@@ -3,7 +3,8 @@
 // Compiled once per layout, with these macros:
 //   VECTOR    weights of a vector: 4 or 8
 //   STAGES    additive books, 1 to 4
-//   BITS      the bits of a code of each stage, in braces: 4 or 8
+//   SIGNS     1: centroids are magnitudes, at least 1, and every vector has VECTOR sign bits (one stage only); else 0
+//   BITS      the bits of a code of each stage, in braces: 4 or 8; with SIGNS followed by VECTOR
 //   COPIES    how often a centroid stands in shared memory (below)
 //
 // What bounds such a product, once memory does not, is reading centroids. They have 8 bits per element and stand in
@@ -14,7 +15,9 @@
 // A lane reads kCodes codes of each stage at once, neighbouring lanes neighbouring ones; a warp goes through kRows rows
 // together, from left to right, and asks for its next codes before it uses those that are there.
 
-constexpr int kBits[STAGES] = BITS;
+constexpr int kPlanes = STAGES + SIGNS;    // of codes; the signs are the last
+constexpr int kBits[kPlanes] = BITS;
+static_assert(SIGNS == 0 || STAGES == 1, "a sum of signed magnitudes would need another order");
 constexpr int kCodes = 8;                  // codes of a lane at a time, of each stage
 constexpr int kRows = 4;                   // rows of a warp at a time
 constexpr int kGroup = kCodes * VECTOR;    // inputs of a lane at a time, which share a scale
@@ -22,11 +25,11 @@ constexpr int kWords = VECTOR / 4;         // 32-bit words of a centroid
 constexpr int kStride = COPIES * VECTOR;   // bytes from one centroid to the next
 
 struct Matrix {
-    const uint8_t* codes[STAGES];  // [rows][ceil(vectors / kCodes)][kCodes codes], rounded up to whole codes of kCodes
-    const uint32_t* books;         // [stages][256][kWords], zeros behind the last
-    float units[STAGES];           // worth of the integers of each book
-    const float* scales;           // [rows]
-    const float* bias;             // [rows] or NULL
+    const uint8_t* codes[kPlanes];  // [rows][ceil(vectors / kCodes)][kCodes codes], rounded up to whole codes of kCodes
+    const uint32_t* books;          // [stages][256][kWords], zeros behind the last
+    float units[STAGES];            // worth of the integers of each book
+    const float* scales;            // [rows]
+    const float* bias;              // [rows] or NULL
     int64_t rows, vectors;
 };
 
@@ -114,14 +117,14 @@ DEVICE Centroid centroid_at(const uint8_t* mine, int stage, uint32_t code) {
     return found;
 }
 
-// kCodes codes of every stage.
+// kCodes codes of every plane.
 struct Codes {
-    uint32_t word[STAGES][2];
+    uint32_t word[kPlanes][2];
 };
 
 DEVICE Codes load_codes(const Matrix& m, int64_t row, int64_t place, int64_t places) {
     Codes codes;
-    for (int s = 0; s < STAGES; ++s) {
+    for (int s = 0; s < kPlanes; ++s) {
         const uint8_t* at = m.codes[s] + (row * places + place) * kBits[s];
         if (kBits[s] == 8) {
             const uint2 both = __ldcs(reinterpret_cast<const uint2*>(at));
@@ -135,10 +138,22 @@ DEVICE Codes load_codes(const Matrix& m, int64_t row, int64_t place, int64_t pla
     return codes;
 }
 
-DEVICE uint32_t code_of(const Codes& codes, int stage, int i) {
-    if (kBits[stage] == 8) return codes.word[stage][i / 4] >> 8 * (i % 4) & 255u;
-    return codes.word[stage][0] >> 4 * i & 15u;
+DEVICE uint32_t code_of(const Codes& codes, int plane, int i) {
+    if (kBits[plane] == 8) return codes.word[plane][i / 4] >> 8 * (i % 4) & 255u;
+    return codes.word[plane][0] >> 4 * i & 15u;
 }
+
+// Four magnitudes with their signs, of which the lowest bits are four. None is 0, so that no byte carries into the next.
+DEVICE uint32_t with_signs(uint32_t magnitudes, uint32_t bits) {
+    const uint32_t negative = (bits & 15u) * 0x00204081u & 0x01010101u;
+    return (magnitudes ^ negative * 255u) + negative;
+}
+
+// Element j of a vector with the signs of the vector.
+DEVICE float with_sign(float weight, uint32_t bits, int j) { return SIGNS && (bits >> j & 1u) ? -weight : weight; }
+
+// The signs of vector i; 0 where there are none.
+DEVICE uint32_t signs_of(const Codes& codes, int i) { return SIGNS ? code_of(codes, kPlanes - 1, i) : 0u; }
 
 // Whether all books count in one unit, as the universal ones of two bits and less do: then one sum will do.
 DEVICE bool one_unit(const Matrix& m) {
@@ -216,9 +231,12 @@ DEVICE void multiply(const Matrix& m, const int8_t* bytes, const float* scales, 
                 int whole[Tokens][STAGES] = {};
 #pragma unroll
                 for (int i = 0; i < kCodes; ++i) {
+                    const uint32_t signs = signs_of(codes[r], i);
 #pragma unroll
                     for (int s = 0; s < STAGES; ++s) {
-                        const Centroid centroid = centroid_at(mine, s, code_of(codes[r], s, i));
+                        Centroid centroid = centroid_at(mine, s, code_of(codes[r], s, i));
+                        for (int w = 0; SIGNS && w < kWords; ++w)
+                            centroid.word[w] = with_signs(centroid.word[w], signs >> 4 * w);
 #pragma unroll
                         for (int t = 0; t < Tokens; ++t)
 #pragma unroll
@@ -282,7 +300,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) octavo_exact(Matrix m,
                             weights[j] += static_cast<float>(element) * m.units[s];
                         }
                     }
-                    for (int j = 0; j < VECTOR; ++j) sums[r] += weights[j] * from[place * kGroup + i * VECTOR + j];
+                    const uint32_t signs = signs_of(codes, i);
+                    for (int j = 0; j < VECTOR; ++j)
+                        sums[r] += with_sign(weights[j], signs, j) * from[place * kGroup + i * VECTOR + j];
                 }
             }
         }
@@ -309,7 +329,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
             }
         }
         const float scale = m.scales[first + row];
+        const uint32_t signs = signs_of(codes, i);
         for (int j = 0; j < VECTOR && vector * VECTOR + j < in; ++j)
-            store_as(to, row * in + vector * VECTOR + j, weights[j] * scale, type);
+            store_as(to, row * in + vector * VECTOR + j, with_sign(weights[j] * scale, signs, j), type);
     }
 }
