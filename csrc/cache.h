@@ -3,6 +3,9 @@
 // All heads of a token stand side by side: whoever takes a stretch of positions reads memory from one end to the other.
 #pragma once
 
+#include <cmath>
+#include <vector>
+
 #include "matrix.h"
 #include "ops.h"
 
@@ -13,13 +16,21 @@ class Cache {
     // Throws std::bad_alloc.
     Cache(int64_t blocks, int64_t heads, int64_t width, int64_t capacity, bool bytes)
         : heads_(heads), width_(width), capacity_(capacity), bytes_(bytes) {
+        block_ = width & -width;
+        factors_.assign(static_cast<size_t>(width), 1.0f / std::sqrt(static_cast<float>(block_)));
         for (Half* half : {&keys_, &values_}) {
             half->numbers = aligned_bytes(blocks * capacity * heads * width * size());
             if (bytes) half->factors = aligned_bytes(blocks * heads * capacity * int64_t{sizeof(float)});
         }
     }
 
-    // Key and value [width] of a head at a position.
+    // A query or a key [width] as keys are kept. Some models' keys are large in a few places, which would leave the
+    // others few of the digits of a byte: a Hadamard transform of both spreads them, and no product of two changes.
+    void spread(const Ops& ops, float* x) const {
+        if (bytes_) ops.transform(x, factors_.data(), width_, block_, x);
+    }
+
+    // A key [width] that is spread and a value [width] of a head at a position.
     void write(const Ops& ops, int64_t block, int64_t head, int64_t position, const float* key, const float* value) {
         write(ops, keys_, block, head, position, key);
         write(ops, values_, block, head, position, value);
@@ -58,6 +69,8 @@ class Cache {
 
     int64_t heads_, width_, capacity_;
     bool bytes_;
+    int64_t block_;               // of the transform
+    std::vector<float> factors_;  // [width], 1 / sqrt(block)
     Half keys_, values_;
 };
 

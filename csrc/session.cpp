@@ -277,6 +277,7 @@ class Run {
             const float* const weight = is_query ? block.query_norm : block.key_norm;
             if (weight != nullptr) ops_.rms_norm(x, weight, width, d_.epsilon, x);
             rotate(own, c, x);
+            s_.cache.spread(ops_, x);
             if (is_query) continue;
             const float* const value = shared_.value.data() + (c * d_.key_heads + kept) * width;
             s_.cache.write(ops_, b, kept, length_ + c, x, value);
@@ -444,11 +445,19 @@ int octavo_session_write(void* session, int64_t block, int64_t first, int64_t n,
     if (block < 0 || block >= s.d.blocks || first < 0 || n < 0) return OCTAVO_BAD_ARGUMENT;
     if (first + n > s.capacity) return OCTAVO_OUT_OF_RANGE;
     const octavo::Ops& ops = octavo::ops_for(octavo::best_isa());
-    for (int64_t head = 0; head < s.d.key_heads; ++head) {
-        for (int64_t i = 0; i < n; ++i) {
-            const int64_t at = (head * n + i) * s.d.head_width;
-            s.cache.write(ops, block, head, first + i, keys + at, values + at);
+    const int64_t width = s.d.head_width;
+    try {
+        std::vector<float> key(static_cast<size_t>(width));
+        for (int64_t head = 0; head < s.d.key_heads; ++head) {
+            for (int64_t i = 0; i < n; ++i) {
+                const int64_t at = (head * n + i) * width;
+                std::copy(keys + at, keys + at + width, key.begin());
+                s.cache.spread(ops, key.data());
+                s.cache.write(ops, block, head, first + i, key.data(), values + at);
+            }
         }
+    } catch (const std::bad_alloc&) {
+        return OCTAVO_NO_MEMORY;
     }
     return OCTAVO_OK;
 }
