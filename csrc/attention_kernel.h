@@ -169,8 +169,7 @@ void add_values(const T* values, int64_t row, int64_t count, const float* weight
     int64_t i = 0;
     for (; i + kMost * kLanes <= width; i += kMost * kLanes)
         add_columns<Q, kMost>(values + i, row, count, weights, stride, width, out + i);
-    for (; i + kLanes <= width; i += kLanes)
-        add_columns<Q, 1>(values + i, row, count, weights, stride, width, out + i);
+    for (; i + kLanes <= width; i += kLanes) add_columns<Q, 1>(values + i, row, count, weights, stride, width, out + i);
     for (; i < width; ++i)
         for (int q = 0; q < Q; ++q)
             for (int64_t p = 0; p < count; ++p)

@@ -195,8 +195,8 @@ typedef struct {
 #define OCTAVO_CACHE_INT8 1
 
 /* What a conversation has seen: keys and values of at most `capacity` tokens, kept as `cache` says, one of
- * OCTAVO_CACHE_*. Everything that `decoder` points to must outlive it. Freed by octavo_session_destroy, which takes NULL
- * as well.
+ * OCTAVO_CACHE_*. Everything that `decoder` points to must outlive it. Freed by octavo_session_destroy, which takes
+ * NULL as well.
  */
 OCTAVO_API int octavo_session_create(const octavo_decoder* decoder, int64_t capacity, int32_t cache, void** session);
 OCTAVO_API void octavo_session_destroy(void* session);

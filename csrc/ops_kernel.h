@@ -99,7 +99,7 @@ void dense(const T* rows, int64_t n, const float* x, int64_t first, int64_t last
     }
 }
 
-constexpr octavo::Ops kOps = {rms_norm, gated, attend, transform, decode,
-                                all_to_half, to_bytes, dense<uint16_t>, dense<float>};
+constexpr octavo::Ops kOps = {rms_norm,    gated,    attend,          transform,   decode,
+                              all_to_half, to_bytes, dense<uint16_t>, dense<float>};
 
 }  // namespace

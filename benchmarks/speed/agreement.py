@@ -1,6 +1,6 @@
 """Does the native decoder, token by token, say what the decoded model says? KL of both to the original, in one run.
 
-    python benchmarks/speed/agreement.py QUANTIZED ORIGINAL --text FILE [--tokens 512] [--kv-cache int8] [--out RESULT.json]
+    python benchmarks/speed/agreement.py QUANTIZED ORIGINAL --text FILE [--tokens 512] [--kv-cache int8] [--out JSON]
 
 ``kl_decoded``: original || the matrices decoded to float32 in transformers; ``kl_native``: original || native decoder;
 ``kl_between``: decoded || native, what look-ups, rounded keys and values and other roundings cost by themselves.
@@ -17,7 +17,7 @@ from torch import Tensor
 from octavo._core.io import write_json
 from octavo.calibration.data import read_text, windows
 from octavo.integrations.transformers import load
-from octavo.runtime.decoder import KV_CACHES, NativeDecoder
+from octavo.runtime.decoder import DEFAULT_KV_CACHE, KV_CACHES, NativeDecoder
 
 
 @torch.inference_mode()
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("original")
     parser.add_argument("--text", required=True)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--kv-cache", choices=KV_CACHES, default=KV_CACHES[0])
+    parser.add_argument("--kv-cache", choices=KV_CACHES, default=DEFAULT_KV_CACHE)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     packed, tokenizer = load(arguments.quantized, torch.float32, decode="packed")
