@@ -23,9 +23,6 @@ namespace {
 
 using Linear = octavo_linear;
 
-// Most layers that read the same vector.
-constexpr int kTogether = 3;
-
 const Matrix* quantized(const Linear& layer) { return static_cast<const Matrix*>(layer.matrix); }
 
 // The largest sizes of all layers, for the scratch of a run.
@@ -204,29 +201,21 @@ class Run {
                 int64_t columns = 0) const {
         const Clock::time_point began = Clock::now();
         if (columns == 0) columns = columns_;
-        const float* prepared[kTogether] = {};
-        int64_t number = 0;
-        uint64_t input = 0;
+        Product products[kTogether];
+        int number = 0;
         for (const Target& target : targets) {
             if (target.layer->matrix == nullptr) continue;
-            const Matrix& m = *quantized(*target.layer);
-            Workspace& space = spaces_[number];
-            if (number > 0 && input != 0 && m.input == input) {
-                prepared[number] = prepared[0];
-            } else {
-                for (int64_t c = 0; c < columns; ++c) m.prepare(x + c * m.in, space.x(rank) + c * m.x_floats());
-                prepared[number] = space.x(rank);
-            }
-            if (number == 0) input = m.input;
-            m.start(prepared[number++], columns, rank, team, space, isa_);
+            products[number] = {quantized(*target.layer), &spaces_[number], nullptr};
+            ++number;
         }
+        start_all(products, number, x, columns, rank, team, isa_);
         if (number > 0) team.barrier();
         number = 0;
         for (const Target& target : targets) {
             const Linear& layer = *target.layer;
             if (layer.matrix != nullptr) {
-                quantized(layer)->finish(prepared[number], columns, rank, team, spaces_[number], isa_, target.y);
-                ++number;
+                const Product& product = products[number++];
+                product.matrix->finish(product.prepared, columns, rank, team, *product.space, isa_, target.y);
                 continue;
             }
             int64_t first, last;
