@@ -37,10 +37,11 @@ inline float exponential(float x) {
     power = power * rest + 1.6666665459e-1f;
     power = power * rest + 5.0000001201e-1f;
     power = power * rest * rest + rest + 1.0f;
-    const int32_t exponent = static_cast<int32_t>(whole) * (1 << 23);
-    int32_t bits;
+    // The whole number stands in the lowest bits of the shifted one; of NaN these are zeros.
+    uint32_t bits, exponent;
     memcpy(&bits, &power, sizeof bits);
-    bits += exponent;
+    memcpy(&exponent, &shifted, sizeof exponent);
+    bits += exponent << 23;
     memcpy(&power, &bits, sizeof power);
     return power;
 }
