@@ -24,14 +24,14 @@ class Cache {
         }
     }
 
-    // Numbers [width] of a head as they are kept. Some models' keys are large in a few places, which would leave the
-    // others few of the digits of a byte: a Hadamard transform spreads them. It changes no product of a query and a key
-    // that are both transformed, and doing it twice undoes it.
+    // A query or a key [width] as keys are kept. Some models' keys are large in a few places, which would leave the
+    // others few of the digits of a byte: a Hadamard transform spreads them, and changes no product of a query and a
+    // key.
     void spread(const Ops& ops, float* x) const {
         if (bytes_) ops.transform(x, factors_.data(), width_, block_, x);
     }
 
-    // Key and value [width] of a head at a position, both spread.
+    // Key [width], spread, and value [width] of a head at a position.
     void write(const Ops& ops, int64_t block, int64_t head, int64_t position, const float* key, const float* value) {
         write(ops, keys_, block, head, position, key);
         write(ops, values_, block, head, position, value);

@@ -275,8 +275,7 @@ class Run {
             rotate(own, c, x);
             s_.cache.spread(ops_, x);
             if (is_query) continue;
-            float* const value = shared_.value.data() + (c * d_.key_heads + kept) * width;
-            s_.cache.spread(ops_, value);
+            const float* const value = shared_.value.data() + (c * d_.key_heads + kept) * width;
             s_.cache.write(ops_, b, kept, length_ + c, x, value);
         }
     }
@@ -327,7 +326,6 @@ class Run {
                 const float factor = share(t) / total, *sums = shared_.own[t].sums.data() + i * width;
                 for (int64_t j = 0; j < width; ++j) to[j] += factor * sums[j];
             }
-            s_.cache.spread(ops_, to);
         }
     }
 
@@ -445,15 +443,13 @@ int octavo_session_write(void* session, int64_t block, int64_t first, int64_t n,
     const octavo::Ops& ops = octavo::ops_for(octavo::best_isa());
     const int64_t width = s.d.head_width;
     try {
-        std::vector<float> key(static_cast<size_t>(width)), value(key);
+        std::vector<float> key(static_cast<size_t>(width));
         for (int64_t head = 0; head < s.d.key_heads; ++head) {
             for (int64_t i = 0; i < n; ++i) {
                 const int64_t at = (head * n + i) * width;
                 std::copy(keys + at, keys + at + width, key.begin());
-                std::copy(values + at, values + at + width, value.begin());
                 s.cache.spread(ops, key.data());
-                s.cache.spread(ops, value.data());
-                s.cache.write(ops, block, head, first + i, key.data(), value.data());
+                s.cache.write(ops, block, head, first + i, key.data(), values + at);
             }
         }
     } catch (const std::bad_alloc&) {
