@@ -88,7 +88,9 @@ def test_attention_is_that_of_transformers_in_float64(shape: tuple[int, int, int
     """Only the keys and values of the new tokens are rounded."""
     model, limit = model_of(*shape), 1e-3 if kind == "float16" else 2e-2
     for positions, new in itertools.product((0, 1, 4, 13, 71), (1, 3, 11)):
-        keys, values = (cached(shape[1], positions, shape[2], kind, seed) for seed in (2 * positions, 2 * positions + 1))
+        keys, values = (
+            cached(shape[1], positions, shape[2], kind, seed) for seed in (2 * positions, 2 * positions + 1)
+        )
         tokens = torch.arange(new) + 7
         wanted = reference(model, keys, values, tokens)
         for isa, threads in itertools.product(isas(), (1, 2, 7)):
