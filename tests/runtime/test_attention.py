@@ -118,6 +118,17 @@ def test_a_bad_key_or_value_is_not_lost(kind: str) -> None:
             assert not bool(torch.isfinite(native(model, kind, cache[0], cache[1], tokens, 2, isa)).any())
 
 
+@pytest.mark.parametrize("width", [6, 144])
+def test_what_half_floats_cannot_hold_is_cut_not_infinite(width: int) -> None:
+    shape = (7, 1, 6) if width == 6 else (4, 2, 144)
+    model, tokens = model_of(*shape), torch.tensor([5])
+    keys, values = (cached(shape[1], 20, width, "float16", seed) for seed in (0, 1))
+    values[0, 3, 1], values[0, 4, width - 1] = 1e6, -1e6
+    wanted = reference(model, keys, values.clamp(-65504, 65504), tokens)
+    for isa in isas():
+        assert error(native(model, "float16", keys, values, tokens, 2, isa), wanted) < 1e-3
+
+
 def test_another_kind_of_cache_is_refused() -> None:
     with pytest.raises(UsageError, match="kv_cache wanted one of float16, int8, got 'int4'"):
         NativeDecoder(model_of(4, 2, 144), 8, kv_cache="int4")
