@@ -83,7 +83,7 @@ class GatherMatrix : public Matrix {
         to[padded] = added;
     }
 
-    void start(const float*, int64_t, int, const Team&, Workspace&, int) const override {}
+    void start(const Product*, int, int64_t, int, const Team&, int) const override {}
 
     void finish(const float* prepared, int64_t columns, int rank, const Team& team, Workspace& space, int isa,
                 float* y) const override {

@@ -54,13 +54,20 @@ struct LookUp {
     const float* scales;  // [blocks][rows]
 };
 
-// Adds the products of chunks [first, last) to sums [columns][rows], scaled by rows if a row has several scales.
-// x [columns][padded_in] is transformed; scratch has scratch_bytes() and is aligned to 64 bytes.
-using Accumulate = void (*)(const LookUp& m, const float* x, int64_t columns, int64_t first, int64_t last,
-                            uint8_t* scratch, float* sums);
-void accumulate_baseline(const LookUp&, const float*, int64_t, int64_t, int64_t, uint8_t*, float*);
-void accumulate_avx2(const LookUp&, const float*, int64_t, int64_t, int64_t, uint8_t*, float*);
-void accumulate_vbmi(const LookUp&, const float*, int64_t, int64_t, int64_t, uint8_t*, float*);
+// A matrix and its sums [columns][rows].
+struct LookUpSums {
+    const LookUp* matrix;
+    float* sums;
+};
+
+// Adds the products of chunks [first, last) to the sums of `count` matrices, scaled by rows if a row has several
+// scales. The matrices have the same books and chunks: tables are made once for all. x [columns][padded_in] is
+// transformed; scratch has scratch_bytes() and is aligned to 64 bytes.
+using Accumulate = void (*)(const LookUpSums* to, int count, const float* x, int64_t columns, int64_t first,
+                            int64_t last, uint8_t* scratch);
+void accumulate_baseline(const LookUpSums*, int, const float*, int64_t, int64_t, int64_t, uint8_t*);
+void accumulate_avx2(const LookUpSums*, int, const float*, int64_t, int64_t, int64_t, uint8_t*);
+void accumulate_vbmi(const LookUpSums*, int, const float*, int64_t, int64_t, int64_t, uint8_t*);
 
 }  // namespace octavo
 

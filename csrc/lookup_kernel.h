@@ -60,37 +60,45 @@ inline void add_tile(int64_t tables, const uint8_t* const* codes, const float* t
     }
 }
 
-inline void accumulate(const LookUp& m, const float* x, int64_t columns, int64_t first, int64_t last, uint8_t* scratch,
-                       float* sums) {
-    const int64_t column_entries = kChunk * m.stages * kTable;
+// Adds a chunk's products of all tiles to sums [columns][rows]; tables [columns][positions][stages][kTable], columns
+// `step` entries apart.
+inline void add_chunk(const LookUp& m, int64_t c, const float* tables, int64_t step, int64_t columns, float* sums) {
+    const int64_t positions = m.chunk_starts[c + 1] - m.chunk_starts[c];
+    const float* scales = m.blocks > 1 ? m.scales + m.chunk_block[c] * m.rows : nullptr;
+    for (int64_t tile = 0; tile < m.tiles; ++tile) {
+        const int64_t leader = tile / kTiles * kTiles;
+        const int64_t width = m.tiles - leader < kTiles ? m.tiles - leader : kTiles;
+        const uint8_t* from = m.codes + code_offset(m, c, leader);
+        const uint8_t* codes[kChunk * kMaxMatrixStages];
+        uint8_t places[kChunk * kMaxMatrixStages][kRows];
+        for (int64_t i = 0; i < positions * m.stages; ++i) {
+            const int bits = m.stage[i % m.stages].bits;
+            codes[i] = from + (tile - leader) * code_bytes(bits);
+            from += width * code_bytes(bits);
+            if (bits == 8) continue;
+            load_codes(codes[i], bits, places[i]);
+            codes[i] = places[i];
+        }
+        for (int64_t column = 0; column < columns; ++column)
+            add_tile(positions * m.stages, codes, tables + column * step,
+                     scales == nullptr ? nullptr : scales + tile * kRows, sums + column * m.rows + tile * kRows);
+    }
+}
+
+inline void accumulate(const octavo::LookUpSums* to, int count, const float* x, int64_t columns, int64_t first,
+                       int64_t last, uint8_t* scratch) {
+    const LookUp& m = *to->matrix;
+    const int64_t step = kChunk * m.stages * kTable;
     float* const tables = reinterpret_cast<float*>(scratch);
     for (int64_t c = first; c < last; ++c) {
         const int64_t start = m.chunk_starts[c], positions = m.chunk_starts[c + 1] - start;
         for (int64_t column = 0; column < columns; ++column) {
             const float* part = x + column * m.padded_in + start * m.v;
-            float* table = tables + column * column_entries;
+            float* table = tables + column * step;
             for (int64_t p = 0; p < positions; ++p)
                 for (int s = 0; s < m.stages; ++s, table += kTable) make_table(m.v, m.stage[s], part + p * m.v, table);
         }
-        const float* scales = m.blocks > 1 ? m.scales + m.chunk_block[c] * m.rows : nullptr;
-        for (int64_t tile = 0; tile < m.tiles; ++tile) {
-            const int64_t leader = tile / kTiles * kTiles;
-            const int64_t width = m.tiles - leader < kTiles ? m.tiles - leader : kTiles;
-            const uint8_t* from = m.codes + code_offset(m, c, leader);
-            const uint8_t* codes[kChunk * kMaxMatrixStages];
-            uint8_t places[kChunk * kMaxMatrixStages][kRows];
-            for (int64_t i = 0; i < positions * m.stages; ++i) {
-                const int bits = m.stage[i % m.stages].bits;
-                codes[i] = from + (tile - leader) * code_bytes(bits);
-                from += width * code_bytes(bits);
-                if (bits == 8) continue;
-                load_codes(codes[i], bits, places[i]);
-                codes[i] = places[i];
-            }
-            for (int64_t column = 0; column < columns; ++column)
-                add_tile(positions * m.stages, codes, tables + column * column_entries,
-                         scales == nullptr ? nullptr : scales + tile * kRows, sums + column * m.rows + tile * kRows);
-        }
+        for (int i = 0; i < count; ++i) add_chunk(*to[i].matrix, c, tables, step, columns, to[i].sums);
     }
 }
 

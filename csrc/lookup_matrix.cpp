@@ -48,13 +48,18 @@ class LookUpMatrix : public Matrix {
         std::fill(to + in, to + look_up.padded_in, 0.0f);
     }
 
-    void start(const float* prepared, int64_t columns, int rank, const Team& team, Workspace& space,
+    void start(const Product* products, int count, int64_t columns, int rank, const Team& team,
                int isa) const override {
-        float* const sums = space.sums(rank);
-        std::fill(sums, sums + columns * look_up.rows, 0.0f);
+        LookUpSums to[kTogether];
+        for (int i = 0; i < count; ++i) {
+            const LookUp& other = static_cast<const LookUpMatrix*>(products[i].matrix)->look_up;
+            to[i] = {&other, products[i].space->sums(rank)};
+            std::fill(to[i].sums, to[i].sums + columns * other.rows, 0.0f);
+        }
         int64_t first, last;
         team.share(look_up.chunks, 1, rank, &first, &last);
-        if (first < last) accumulate_for(isa)(look_up, prepared, columns, first, last, space.scratch(rank), sums);
+        if (first >= last) return;
+        accumulate_for(isa)(to, count, products->prepared, columns, first, last, products->space->scratch(rank));
     }
 
     void finish(const float*, int64_t columns, int rank, const Team& team, Workspace& space, int,
@@ -227,15 +232,25 @@ float largest_weight(const LookUpMatrix& m) {
     return largest;
 }
 
-// FNV-1a over all that decides what a matrix makes of its inputs.
-uint64_t fingerprint(const LookUpMatrix& m) {
+// FNV-1a over all that decides what a matrix makes of its inputs, and what its tables are.
+void take_fingerprints(LookUpMatrix& m) {
     uint64_t hash = 14695981039346656037u;
-    const auto add = [&hash](uint64_t value) { hash = (hash ^ value) * 1099511628211u; };
-    add(static_cast<uint64_t>(m.in));
-    add(static_cast<uint64_t>(m.look_up.padded_in));
-    add(static_cast<uint64_t>(m.transform));
+    const auto add = [&hash](int64_t value) { hash = (hash ^ static_cast<uint64_t>(value)) * 1099511628211u; };
+    add(m.in);
+    add(m.look_up.padded_in);
+    add(m.transform);
     for (const float sign : m.signs) add(sign < 0.0f);
-    return hash;
+    m.input = hash;
+    for (int s = 0; s < m.look_up.stages; ++s) {
+        add(m.look_up.stage[s].bits);
+        for (const float number : m.books[s]) {
+            uint32_t bits;
+            std::memcpy(&bits, &number, sizeof bits);
+            add(bits);
+        }
+    }
+    for (const int64_t start : m.chunk_starts) add(start);
+    m.tables = hash;
 }
 
 }  // namespace
@@ -283,8 +298,8 @@ extern "C" int octavo_lookup_create(int64_t out, int64_t in, int32_t v, int32_t 
         l.scales = m.scales.data();
         if (bias != nullptr) m.bias.assign(bias, bias + out);
         m.set_transform(transform, signs);
-        m.input = fingerprint(m);
         cut(m, l.blocks == 1 ? l.positions : scale_columns / v);
+        take_fingerprints(m);
         m.codes = aligned_bytes(m.code_bytes() + kSlack);
         l.codes = m.codes.get();
         parallel_for(l.tiles, 1, threads, [&](int64_t first, int64_t last) {

@@ -227,27 +227,34 @@ using Group = void (*)(const LookUp&, int64_t, const uint8_t*, const uint8_t*, f
 constexpr Group kGroups[kTiles + 1] = {nullptr,  group<1>, group<2>, group<3>, group<4>,
                                        group<5>, group<6>, group<7>, group<8>};
 
+// Adds a chunk's products of all tiles to sums [columns][rows]; tables are `step` bytes apart by columns.
+inline void add_chunk(const LookUp& m, int64_t c, const uint8_t* tables, int64_t step, const float* units,
+                      int64_t columns, float* sums) {
+    const int64_t positions = m.chunk_starts[c + 1] - m.chunk_starts[c];
+    const float* scales = m.blocks > 1 ? m.scales + m.chunk_block[c] * m.rows : nullptr;
+    for (int64_t tile = 0; tile < m.tiles; tile += kTiles) {
+        const Group add = kGroups[m.tiles - tile < kTiles ? m.tiles - tile : kTiles];
+        const uint8_t* codes = m.codes + code_offset(m, c, tile);
+        for (int64_t column = 0; column < columns; ++column) {
+            // Nothing is added where x is all zeros; NaN and infinity go through the unit.
+            if (units[column] == 0.0f) continue;
+            add(m, positions, codes, tables + column * step, units[column],
+                scales == nullptr ? nullptr : scales + tile * kRows, sums + column * m.rows + tile * kRows);
+        }
+    }
+}
+
 }  // namespace
 
-void octavo::accumulate_vbmi(const LookUp& m, const float* x, int64_t columns, int64_t first, int64_t last,
-                             uint8_t* scratch, float* sums) {
-    const int64_t column_bytes = kChunk * m.stages * kTableBytes;
+void octavo::accumulate_vbmi(const LookUpSums* to, int count, const float* x, int64_t columns, int64_t first,
+                             int64_t last, uint8_t* scratch) {
+    const LookUp& m = *to->matrix;
+    const int64_t step = kChunk * m.stages * kTableBytes;
     for (int64_t c = first; c < last; ++c) {
         const int64_t start = m.chunk_starts[c], positions = m.chunk_starts[c + 1] - start;
         float units[kColumns];
         for (int64_t column = 0; column < columns; ++column)
-            units[column] =
-                make_tables(m, x + column * m.padded_in + start * m.v, positions, scratch + column * column_bytes);
-        const float* scales = m.blocks > 1 ? m.scales + m.chunk_block[c] * m.rows : nullptr;
-        for (int64_t tile = 0; tile < m.tiles; tile += kTiles) {
-            const Group add = kGroups[m.tiles - tile < kTiles ? m.tiles - tile : kTiles];
-            const uint8_t* codes = m.codes + code_offset(m, c, tile);
-            for (int64_t column = 0; column < columns; ++column) {
-                // Nothing is added where x is all zeros; NaN and infinity go through the unit.
-                if (units[column] == 0.0f) continue;
-                add(m, positions, codes, scratch + column * column_bytes, units[column],
-                    scales == nullptr ? nullptr : scales + tile * kRows, sums + column * m.rows + tile * kRows);
-            }
-        }
+            units[column] = make_tables(m, x + column * m.padded_in + start * m.v, positions, scratch + column * step);
+        for (int i = 0; i < count; ++i) add_chunk(*to[i].matrix, c, scratch, step, units, columns, to[i].sums);
     }
 }

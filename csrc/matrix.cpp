@@ -61,6 +61,30 @@ void Matrix::set_transform(int64_t block, const uint32_t* sign_bits) {
     for (int64_t i = 0; i < in; ++i) signs.push_back((sign_bits[i >> 5] >> (i & 31) & 1) != 0 ? -factor : factor);
 }
 
+void start_all(Product* products, int count, const float* x, int64_t columns, int rank, const Team& team, int isa) {
+    for (int i = 0; i < count; ++i) {
+        const Matrix& m = *products[i].matrix;
+        int same = 0;
+        while (same < i && (m.input == 0 || products[same].matrix->input != m.input)) ++same;
+        float* const own = products[i].space->x(rank);
+        products[i].prepared = same < i ? products[same].prepared : own;
+        for (int64_t c = 0; same == i && c < columns; ++c) m.prepare(x + c * m.in, own + c * m.x_floats());
+    }
+    bool started[kTogether] = {};
+    for (int i = 0; i < count; ++i) {
+        if (started[i]) continue;
+        Product together[kTogether] = {products[i]};
+        int number = 1;
+        for (int j = i + 1; j < count; ++j) {
+            const uint64_t tables = products[i].matrix->tables;
+            if (tables == 0 || products[j].matrix->tables != tables) continue;
+            together[number++] = products[j];
+            started[j] = true;
+        }
+        products[i].matrix->start(together, number, columns, rank, team, isa);
+    }
+}
+
 Workspace::Workspace(int threads, int64_t x_floats, int64_t sums_floats, int64_t scratch_bytes)
     : x_bytes_(whole_lines(x_floats * int64_t{sizeof(float)})),
       sums_bytes_(whole_lines(sums_floats * int64_t{sizeof(float)})),
@@ -87,13 +111,12 @@ int octavo_matrix_multiply(const void* matrix, const float* x, int64_t n, float*
         const int wanted = static_cast<int>(std::min<int64_t>({threads, worth, m.most_threads()}));
         Workspace space(wanted, most * m.x_floats(), most * m.sums_floats(), m.scratch_bytes(most));
         Team::run(wanted, [&](int rank, Team& team) {
-            float* prepared = space.x(rank);
+            Product product = {&m, &space, nullptr};
             for (int64_t at = 0; at < n; at += most) {
                 const int64_t columns = std::min(most, n - at);
-                for (int64_t c = 0; c < columns; ++c) m.prepare(x + (at + c) * m.in, prepared + c * m.x_floats());
-                m.start(prepared, columns, rank, team, space, isa);
+                start_all(&product, 1, x + at * m.in, columns, rank, team, isa);
                 team.barrier();
-                m.finish(prepared, columns, rank, team, space, isa, y + at * m.out);
+                m.finish(product.prepared, columns, rank, team, space, isa, y + at * m.out);
                 team.barrier();
             }
         });

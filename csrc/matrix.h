@@ -28,7 +28,15 @@ inline uint64_t read_bits(const uint32_t* words, int64_t at, int width) {
     return value & ((uint64_t{1} << width) - 1);
 }
 
+class Matrix;
 class Workspace;
+
+// A matrix that is multiplied, what its threads need for that, and the prepared vectors of this one.
+struct Product {
+    const Matrix* matrix;
+    Workspace* space;
+    const float* prepared;
+};
 
 // A product takes two steps of every thread of a team, with a barrier between them and one behind them.
 class Matrix {
@@ -37,7 +45,9 @@ class Matrix {
     std::vector<float> bias;   // [out] or empty
     int64_t transform = 0;     // block of the Hadamard transform of the inputs, or 0
     std::vector<float> signs;  // [in], over sqrt(transform)
-    uint64_t input = 0;        // equal where prepare() makes the same of the same x; 0 equals nothing
+    // Equal where prepare() makes the same of the same x, and where start() makes the same tables of that, so that it
+    // can do so for several matrices at once; 0 equals nothing.
+    uint64_t input = 0, tables = 0;
 
     virtual ~Matrix() = default;
 
@@ -51,8 +61,9 @@ class Matrix {
 
     // What the codes are multiplied by in place of x [in]: to [x_floats()].
     virtual void prepare(const float* x, float* to) const = 0;
-    // First step, with the prepared `columns` vectors.
-    virtual void start(const float* prepared, int64_t columns, int rank, const Team& team, Workspace& space,
+    // First step of up to kTogether products with the prepared `columns` vectors: the first is this matrix's, and all
+    // have its `tables`.
+    virtual void start(const Product* products, int count, int64_t columns, int rank, const Team& team,
                        int isa) const = 0;
     // Second step: this thread's rows of y [columns][out], bias included. The prepared vectors are still there.
     virtual void finish(const float* prepared, int64_t columns, int rank, const Team& team, Workspace& space, int isa,
@@ -72,6 +83,10 @@ class Matrix {
     // Reads the signs, a bit per input, set for -1.
     void set_transform(int64_t block, const uint32_t* sign_bits);
 };
+
+// Prepares x [columns][in] for up to kTogether products and takes their first steps; what is the same for several of
+// them is done once.
+void start_all(Product* products, int count, const float* x, int64_t columns, int rank, const Team& team, int isa);
 
 // Memory of all threads of a team. Throws std::bad_alloc.
 class Workspace {

@@ -14,7 +14,7 @@
 #endif
 
 /* Changes whenever a signature below does; the Python side refuses any other number. */
-#define OCTAVO_ABI 5
+#define OCTAVO_ABI 6
 
 #define OCTAVO_OK 0
 #define OCTAVO_BAD_ARGUMENT 1
@@ -188,10 +188,17 @@ typedef struct {
     int32_t activation; /* 0 silu, 1 gelu with tanh */
 } octavo_decoder;
 
-/* What a conversation has seen: keys and values of at most `capacity` tokens, in half floats. Everything that `decoder`
- * points to must outlive it. Freed by octavo_session_destroy, which takes NULL as well.
+/* How keys and values are kept: in half floats, or in bytes with a factor per token and head, each rounded by at most
+ * 1/254 of the largest number of its head.
  */
-OCTAVO_API int octavo_session_create(const octavo_decoder* decoder, int64_t capacity, void** session);
+#define OCTAVO_CACHE_FLOAT16 0
+#define OCTAVO_CACHE_INT8 1
+
+/* What a conversation has seen: keys and values of at most `capacity` tokens, kept as `cache` says, one of
+ * OCTAVO_CACHE_*. Everything that `decoder` points to must outlive it. Freed by octavo_session_destroy, which takes
+ * NULL as well.
+ */
+OCTAVO_API int octavo_session_create(const octavo_decoder* decoder, int64_t capacity, int32_t cache, void** session);
 OCTAVO_API void octavo_session_destroy(void* session);
 
 /* Runs n further tokens; `length` of them came before. logits [vocabulary] are those after the last one, or NULL.

@@ -11,16 +11,21 @@ namespace octavo {
 
 enum Activation { kSilu = 0, kGeluTanh = 1 };
 
-// One query head and its share of the cache, [positions][width] of IEEE half floats each.
+// All query heads of a token against a stretch of the cache.
 struct Attention {
-    const float* query;  // [width]
-    const uint16_t *keys, *values;
+    const float* queries;  // [heads][width]
+    int64_t heads, key_heads, width;
+    // [positions][key_heads][width]: IEEE half floats, or bytes where there are factors.
+    const void *keys, *values;
+    const float *key_factors, *value_factors;  // [key_heads][factor_stride], of a position each; or NULL
+    int64_t factor_stride;
     int64_t positions;
-    int64_t width;
     float scale;
     float cap;      // scores become cap * tanh(score / cap), unless it is 0
-    float* scores;  // [positions] of scratch
-    float* out;     // [width]
+    float* scores;  // [heads][positions] of scratch
+    // With weights w = e^(score - largest): the largest score [heads], the sum of w [heads], that of w * value
+    // [heads][width]. Of no position: -infinity, 0 and 0.
+    float *largest, *totals, *out;
 };
 
 struct Ops {
@@ -35,6 +40,8 @@ struct Ops {
     void (*decode)(const LookUp& m, int64_t in, const float* const* books, int64_t tile, int64_t rows, bool bfloat16,
                    void* to);
     void (*to_half)(const float* x, int64_t n, uint16_t* to);
+    // to = x / factor, rounded, for the factor that is returned: the largest |x| / 127, NaN if an x is NaN or infinite.
+    float (*to_bytes)(const float* x, int64_t n, int8_t* to);
     // y[r] = <rows[r], x> for r in [first, last), rows [..][n]
     void (*dense_bfloat16)(const uint16_t* rows, int64_t n, const float* x, int64_t first, int64_t last, float* y);
     void (*dense_float32)(const float* rows, int64_t n, const float* x, int64_t first, int64_t last, float* y);

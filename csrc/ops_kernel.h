@@ -12,8 +12,6 @@
 
 namespace {
 
-constexpr int kWide = 16;  // partial sums, which the order of additions in vector instructions needs
-
 inline float sum_of(const float (&lanes)[kWide]) {
     float total = 0.0f;
     for (int i = 0; i < kWide; ++i) total += lanes[i];
@@ -46,7 +44,42 @@ inline void gated(float* gate, const float* up, int64_t n, int activation) {
 }
 
 inline void all_to_half(const float* x, int64_t n, uint16_t* to) {
-    for (int64_t i = 0; i < n; ++i) to[i] = to_half(x[i]);
+    int64_t i = 0;
+#if defined(__AVX2__)
+    const __m256 limit = _mm256_set1_ps(65504.0f), sign = _mm256_set1_ps(-0.0f), infinity = _mm256_set1_ps(INFINITY);
+    for (; i + 8 <= n; i += 8) {
+        // As to_half: what is beyond the largest half float is cut, infinity and NaN stay.
+        const __m256 number = _mm256_loadu_ps(x + i), size = _mm256_andnot_ps(sign, number);
+        const __m256 cut = _mm256_or_ps(_mm256_min_ps(limit, size), _mm256_and_ps(sign, number));
+        const __m256 kept = _mm256_blendv_ps(cut, number, _mm256_cmp_ps(size, infinity, _CMP_EQ_OQ));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(kept, _MM_FROUND_TO_NEAREST_INT));
+    }
+#endif
+    for (; i < n; ++i) to[i] = to_half(x[i]);
+}
+
+inline float to_bytes(const float* x, int64_t n, int8_t* to) {
+    // Sizes as integers: NaN and infinity are the largest.
+    uint32_t most = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        uint32_t size;
+        memcpy(&size, x + i, sizeof size);
+        size &= 0x7FFFFFFF;
+        most = most < size ? size : most;
+    }
+    float largest;
+    memcpy(&largest, &most, sizeof largest);
+    const bool finite = most < 0x7F800000;
+    // Of smaller numbers nothing is left, for 127 / largest may be infinite.
+    const float times = finite && largest > 1e-36f ? 127.0f / largest : 0.0f;
+    for (int64_t i = 0; i < n; ++i) {
+        // The addition rounds to a whole number, which stands in the lowest bits then.
+        const float shifted = x[i] * times + 12582912.0f;
+        int32_t whole;
+        memcpy(&whole, &shifted, sizeof whole);
+        to[i] = static_cast<int8_t>(whole);
+    }
+    return finite ? largest / 127.0f : NAN;
 }
 
 inline float number(float x) { return x; }
@@ -66,6 +99,7 @@ void dense(const T* rows, int64_t n, const float* x, int64_t first, int64_t last
     }
 }
 
-constexpr octavo::Ops kOps = {rms_norm, gated, attend, transform, decode, all_to_half, dense<uint16_t>, dense<float>};
+constexpr octavo::Ops kOps = {rms_norm,    gated,    attend,          transform,   decode,
+                              all_to_half, to_bytes, dense<uint16_t>, dense<float>};
 
 }  // namespace

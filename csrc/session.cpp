@@ -2,7 +2,7 @@
 // threads.
 //
 // Every thread keeps its own copy of the hidden state and works out norms by itself; what is shared is cut by output
-// rows or by heads, with a barrier before it is read.
+// rows, by heads, or by positions of the cache, with a barrier before it is read.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -11,6 +11,7 @@
 #include <new>
 #include <vector>
 
+#include "cache.h"
 #include "cpu.h"
 #include "half.h"
 #include "matrix.h"
@@ -21,9 +22,6 @@ namespace octavo {
 namespace {
 
 using Linear = octavo_linear;
-
-// Most layers that read the same vector.
-constexpr int kTogether = 3;
 
 const Matrix* quantized(const Linear& layer) { return static_cast<const Matrix*>(layer.matrix); }
 
@@ -39,9 +37,11 @@ struct Sizes {
     }
 };
 
-// What a thread has for itself: hidden states, what a layer reads, scores of attention.
+// What a thread has for itself: hidden states, what a layer reads.
 struct Own {
-    std::vector<float> h, x, scores;
+    std::vector<float> h, x;
+    // Attention over its positions, see Attention: [columns][heads], and [columns][heads][head_width].
+    std::vector<float> largest, totals, sums;
     // Of the rotary positions, [columns][head_width / 2], and what they were made from: blocks share them.
     std::vector<float> cosines, sines;
     const float* frequencies = nullptr;
@@ -51,6 +51,7 @@ struct Own {
 // What the threads of a run share. Vectors of all columns stand one after the other.
 struct Shared {
     std::vector<float> query, key, value, attended, gate, up, moved;
+    std::vector<float> scores;  // [capacity][heads], a thread's those of its positions
     std::vector<Own> own;
 };
 
@@ -69,10 +70,19 @@ struct Scratch {
         const int64_t wide = d.heads * d.head_width, narrow = d.key_heads * d.head_width;
         Own own;
         own.h = own.x = numbers(d.hidden);
-        own.scores.resize(static_cast<size_t>(capacity));
+        own.largest = own.totals = numbers(d.heads);
+        own.sums = numbers(wide);
         own.cosines = own.sines = numbers(d.head_width / 2);
-        shared = {numbers(wide),           numbers(narrow),         numbers(narrow),   numbers(wide),
-                  numbers(d.intermediate), numbers(d.intermediate), numbers(d.hidden), {}};
+        shared = {numbers(wide),
+                  numbers(narrow),
+                  numbers(narrow),
+                  numbers(wide),
+                  numbers(d.intermediate),
+                  numbers(d.intermediate),
+                  numbers(d.hidden),
+                  {},
+                  {}};
+        shared.scores.resize(static_cast<size_t>(capacity * d.heads));
         shared.own.assign(static_cast<size_t>(threads), own);
     }
 };
@@ -81,20 +91,17 @@ struct Session {
     octavo_decoder d;
     std::vector<octavo_block> blocks;
     int64_t capacity;
-    Bytes keys, values;  // [blocks][key_heads][capacity][head_width] half floats
+    Cache cache;
     std::unique_ptr<Scratch> scratch;
     // How long runs took, and how much of it their first threads were in linear layers, waiting for others included.
     double seconds = 0.0, linear_seconds = 0.0;
 
-    int64_t at(int64_t block, int64_t head, int64_t position) const {
-        return ((block * d.key_heads + head) * capacity + position) * d.head_width;
-    }
-    uint16_t* key(int64_t block, int64_t head, int64_t position) const {
-        return reinterpret_cast<uint16_t*>(keys.get()) + at(block, head, position);
-    }
-    uint16_t* value(int64_t block, int64_t head, int64_t position) const {
-        return reinterpret_cast<uint16_t*>(values.get()) + at(block, head, position);
-    }
+    // Throws std::bad_alloc.
+    Session(const octavo_decoder& d, int64_t capacity, bool bytes)
+        : d(d),
+          blocks(d.block, d.block + d.blocks),
+          capacity(capacity),
+          cache(d.blocks, d.key_heads, d.head_width, capacity, bytes) {}
 };
 
 using Clock = std::chrono::steady_clock;
@@ -138,6 +145,8 @@ class Run {
             remember(b, own, rank, team);
             team.barrier();
             attend(b, own, rank, team);
+            team.barrier();
+            put_together(rank, team);
             team.barrier();
             linear({{&block.output, shared_.moved.data()}}, shared_.attended.data(), rank, team);
             add(block.post_attention_norm, h.data(), x.data());
@@ -192,29 +201,21 @@ class Run {
                 int64_t columns = 0) const {
         const Clock::time_point began = Clock::now();
         if (columns == 0) columns = columns_;
-        const float* prepared[kTogether] = {};
-        int64_t number = 0;
-        uint64_t input = 0;
+        Product products[kTogether];
+        int number = 0;
         for (const Target& target : targets) {
             if (target.layer->matrix == nullptr) continue;
-            const Matrix& m = *quantized(*target.layer);
-            Workspace& space = spaces_[number];
-            if (number > 0 && input != 0 && m.input == input) {
-                prepared[number] = prepared[0];
-            } else {
-                for (int64_t c = 0; c < columns; ++c) m.prepare(x + c * m.in, space.x(rank) + c * m.x_floats());
-                prepared[number] = space.x(rank);
-            }
-            if (number == 0) input = m.input;
-            m.start(prepared[number++], columns, rank, team, space, isa_);
+            products[number] = {quantized(*target.layer), &spaces_[number], nullptr};
+            ++number;
         }
+        start_all(products, number, x, columns, rank, team, isa_);
         if (number > 0) team.barrier();
         number = 0;
         for (const Target& target : targets) {
             const Linear& layer = *target.layer;
             if (layer.matrix != nullptr) {
-                quantized(layer)->finish(prepared[number], columns, rank, team, spaces_[number], isa_, target.y);
-                ++number;
+                const Product& product = products[number++];
+                product.matrix->finish(product.prepared, columns, rank, team, *product.space, isa_, target.y);
                 continue;
             }
             int64_t first, last;
@@ -258,37 +259,73 @@ class Run {
         }
     }
 
-    // Keys and values of the new tokens into the cache.
+    // Positions into the queries and keys of the new tokens; keys and values go into the cache.
     void remember(int64_t b, const Own& own, int rank, Team& team) const {
         const octavo_block& block = s_.blocks[b];
-        const int64_t width = d_.head_width;
+        const int64_t width = d_.head_width, heads = d_.heads + d_.key_heads;
         int64_t first, last;
-        team.share(d_.key_heads * columns_, 1, rank, &first, &last);
+        team.share(heads * columns_, 1, rank, &first, &last);
         for (int64_t i = first; i < last; ++i) {
-            const int64_t c = i / d_.key_heads, head = i % d_.key_heads;
-            float* key = shared_.key.data() + (c * d_.key_heads + head) * width;
-            if (block.key_norm != nullptr) ops_.rms_norm(key, block.key_norm, width, d_.epsilon, key);
-            rotate(own, c, key);
-            ops_.to_half(key, width, s_.key(b, head, length_ + c));
-            ops_.to_half(shared_.value.data() + (c * d_.key_heads + head) * width, width,
-                         s_.value(b, head, length_ + c));
+            const int64_t c = i / heads, head = i % heads, kept = head - d_.heads;
+            const bool is_query = kept < 0;
+            float* const x = is_query ? shared_.query.data() + (c * d_.heads + head) * width
+                                      : shared_.key.data() + (c * d_.key_heads + kept) * width;
+            const float* const weight = is_query ? block.query_norm : block.key_norm;
+            if (weight != nullptr) ops_.rms_norm(x, weight, width, d_.epsilon, x);
+            rotate(own, c, x);
+            s_.cache.spread(ops_, x);
+            if (is_query) continue;
+            const float* const value = shared_.value.data() + (c * d_.key_heads + kept) * width;
+            s_.cache.write(ops_, b, kept, length_ + c, x, value);
         }
     }
 
+    // All heads over this thread's positions.
     void attend(int64_t b, Own& own, int rank, Team& team) const {
-        const octavo_block& block = s_.blocks[b];
-        const int64_t width = d_.head_width, group = d_.heads / d_.key_heads;
+        const int64_t window = s_.blocks[b].window, end = length_ + columns_;
+        const auto oldest = [&](int64_t column) {
+            return window > 0 ? std::max<int64_t>(length_ + column + 1 - window, 0) : 0;
+        };
+        // The same for all columns: a thread's scores are no other's.
+        int64_t first, last;
+        team.share(end - oldest(0), 4, rank, &first, &last);
+        first += oldest(0);
+        last += oldest(0);
+        for (int64_t c = 0; c < columns_; ++c) {
+            const int64_t from = std::max(first, oldest(c)), until = std::min(last, length_ + c + 1), at = c * d_.heads;
+            Attention a = {};
+            a.queries = shared_.query.data() + at * d_.head_width;
+            a.heads = d_.heads;
+            a.key_heads = d_.key_heads;
+            a.width = d_.head_width;
+            s_.cache.read(b, from, a);
+            a.positions = std::max<int64_t>(until - from, 0);
+            a.scale = d_.attention_scale;
+            a.cap = d_.attention_cap;
+            a.scores = shared_.scores.data() + first * d_.heads;
+            a.largest = own.largest.data() + at;
+            a.totals = own.totals.data() + at;
+            a.out = own.sums.data() + at * d_.head_width;
+            ops_.attend(a);
+        }
+    }
+
+    // What the threads found, each over its positions, to shared_.attended.
+    void put_together(int rank, Team& team) const {
+        const int64_t width = d_.head_width;
         int64_t first, last;
         team.share(d_.heads * columns_, 1, rank, &first, &last);
         for (int64_t i = first; i < last; ++i) {
-            const int64_t c = i / d_.heads, head = i % d_.heads, position = length_ + c;
-            float* query = shared_.query.data() + (c * d_.heads + head) * width;
-            if (block.query_norm != nullptr) ops_.rms_norm(query, block.query_norm, width, d_.epsilon, query);
-            rotate(own, c, query);
-            const int64_t oldest = block.window > 0 ? std::max<int64_t>(position + 1 - block.window, 0) : 0;
-            ops_.attend({query, s_.key(b, head / group, oldest), s_.value(b, head / group, oldest),
-                         position + 1 - oldest, width, d_.attention_scale, d_.attention_cap, own.scores.data(),
-                         shared_.attended.data() + (c * d_.heads + head) * width});
+            float largest = -INFINITY, total = 0.0f;
+            for (int t = 0; t < team.size(); ++t) largest = std::max(largest, shared_.own[t].largest[i]);
+            const auto share = [&](int t) { return std::exp(shared_.own[t].largest[i] - largest); };
+            for (int t = 0; t < team.size(); ++t) total += share(t) * shared_.own[t].totals[i];
+            float* const to = shared_.attended.data() + i * width;
+            std::fill(to, to + width, 0.0f);
+            for (int t = 0; t < team.size(); ++t) {
+                const float factor = share(t) / total, *sums = shared_.own[t].sums.data() + i * width;
+                for (int64_t j = 0; j < width; ++j) to[j] += factor * sums[j];
+            }
         }
     }
 
@@ -339,19 +376,13 @@ using octavo::Session;
 
 extern "C" {
 
-int octavo_session_create(const octavo_decoder* decoder, int64_t capacity, void** session) {
+int octavo_session_create(const octavo_decoder* decoder, int64_t capacity, int32_t cache, void** session) {
     using namespace octavo;
     *session = nullptr;
-    if (!complete(*decoder) || capacity < 1) return OCTAVO_BAD_ARGUMENT;
+    if (!complete(*decoder) || capacity < 1 || cache < OCTAVO_CACHE_FLOAT16 || cache > OCTAVO_CACHE_INT8)
+        return OCTAVO_BAD_ARGUMENT;
     try {
-        std::unique_ptr<Session> made(new Session);
-        made->d = *decoder;
-        made->blocks.assign(decoder->block, decoder->block + decoder->blocks);
-        made->capacity = capacity;
-        const int64_t bytes = decoder->blocks * decoder->key_heads * capacity * decoder->head_width * 2;
-        made->keys = aligned_bytes(bytes);
-        made->values = aligned_bytes(bytes);
-        *session = made.release();
+        *session = new Session(*decoder, capacity, cache == OCTAVO_CACHE_INT8);
     } catch (const std::bad_alloc&) {
         return OCTAVO_NO_MEMORY;
     }
@@ -406,13 +437,23 @@ void octavo_session_times(void* session, double* seconds, double* linear_seconds
 
 int octavo_session_write(void* session, int64_t block, int64_t first, int64_t n, const float* keys,
                          const float* values) {
-    const Session& s = *static_cast<const Session*>(session);
+    Session& s = *static_cast<Session*>(session);
     if (block < 0 || block >= s.d.blocks || first < 0 || n < 0) return OCTAVO_BAD_ARGUMENT;
     if (first + n > s.capacity) return OCTAVO_OUT_OF_RANGE;
     const octavo::Ops& ops = octavo::ops_for(octavo::best_isa());
-    for (int64_t head = 0; head < s.d.key_heads; ++head) {
-        ops.to_half(keys + head * n * s.d.head_width, n * s.d.head_width, s.key(block, head, first));
-        ops.to_half(values + head * n * s.d.head_width, n * s.d.head_width, s.value(block, head, first));
+    const int64_t width = s.d.head_width;
+    try {
+        std::vector<float> key(static_cast<size_t>(width));
+        for (int64_t head = 0; head < s.d.key_heads; ++head) {
+            for (int64_t i = 0; i < n; ++i) {
+                const int64_t at = (head * n + i) * width;
+                std::copy(keys + at, keys + at + width, key.begin());
+                s.cache.spread(ops, key.data());
+                s.cache.write(ops, block, head, first + i, key.data(), values + at);
+            }
+        }
+    } catch (const std::bad_alloc&) {
+        return OCTAVO_NO_MEMORY;
     }
     return OCTAVO_OK;
 }

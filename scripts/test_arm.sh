@@ -46,7 +46,8 @@ cmake --build "$folder/build" --parallel
 export PYTHONPATH="$folder/site:$root/src" OCTAVO_LIBRARY="$folder/build/liboctavo_c.so"
 export OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 python=$(find "$folder/root/usr/bin" -name 'python3.*' -type f | head -n 1)
-[ $# -gt 0 ] || set -- tests/ops tests/runtime/test_decoder.py tests/unit/test_clib.py tests/unit/test_additive.py
+[ $# -gt 0 ] || set -- tests/ops tests/runtime/test_attention.py tests/runtime/test_decoder.py tests/unit/test_clib.py \
+    tests/unit/test_additive.py
 cd "$root"
 # QEMU fails in a forked process that starts threads, and the system cannot run a program for ARM that a test starts.
 exec qemu-aarch64 -cpu max -L "$folder/root" "$python" -m pytest -q -rs -p no:cacheprovider -p no:faulthandler \

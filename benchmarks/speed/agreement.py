@@ -1,9 +1,9 @@
 """Does the native decoder, token by token, say what the decoded model says? KL of both to the original, in one run.
 
-    python benchmarks/speed/agreement.py QUANTIZED ORIGINAL --text FILE [--tokens 512] [--out RESULT.json]
+    python benchmarks/speed/agreement.py QUANTIZED ORIGINAL --text FILE [--tokens 512] [--kv-cache int8] [--out JSON]
 
 ``kl_decoded``: original || the matrices decoded to float32 in transformers; ``kl_native``: original || native decoder;
-``kl_between``: decoded || native, what look-ups, half-precision keys and values and other roundings cost by themselves.
+``kl_between``: decoded || native, what look-ups, rounded keys and values and other roundings cost by themselves.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from octavo._core.io import write_json
 from octavo.calibration.data import read_text, windows
 from octavo.integrations.transformers import load
-from octavo.runtime.decoder import NativeDecoder
+from octavo.runtime.decoder import DEFAULT_KV_CACHE, KV_CACHES, NativeDecoder
 
 
 @torch.inference_mode()
@@ -33,11 +33,12 @@ def main() -> None:
     parser.add_argument("original")
     parser.add_argument("--text", required=True)
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--kv-cache", choices=KV_CACHES, default=DEFAULT_KV_CACHE)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     packed, tokenizer = load(arguments.quantized, torch.float32, decode="packed")
     ids = windows(tokenizer, read_text(arguments.text), arguments.tokens, 1, None, source=arguments.text).ids[0]
-    decoder = NativeDecoder(packed, len(ids))
+    decoder = NativeDecoder(packed, len(ids), kv_cache=arguments.kv_cache)
     native = torch.stack([decoder.run(ids[i : i + 1]) for i in range(len(ids))]).log_softmax(-1)
     original, decoded = (log_probabilities(folder, ids) for folder in (arguments.original, arguments.quantized))
 
@@ -46,6 +47,7 @@ def main() -> None:
 
     found = {
         "tokens": len(ids),
+        "kv_cache": arguments.kv_cache,
         "kl_decoded": divergence(original, decoded),
         "kl_native": divergence(original, native),
         "kl_between": divergence(decoded, native),

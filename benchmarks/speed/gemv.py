@@ -1,10 +1,12 @@
 """One matrix times one vector from memory: Octavo's codebooks against llama.cpp's types through ggml, in turn.
 
     python benchmarks/speed/gemv.py --out benchmarks/results/gemv.json [--threads 1 2] [--shape 4096x4096 11008x4096]
+    python benchmarks/speed/gemv.py --parts 4096
 
 Every round runs through so many different matrices that none is in a cache when it comes (``--megabytes``). Medians of
 the rounds; the peers' rounds lie between ours. ``GB/s`` counts what is stored of a matrix, ``roof`` is what as many
-threads read at best. Needs llama-cpp-python for the peers.
+threads read at best. Needs llama-cpp-python for the peers. ``--parts`` times what a
+product of so many inputs begins with, and the ways of prompts.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import ctypes
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -23,14 +26,17 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Ggml
 from synthetic import BLOCKS, layout_of, random_tensors
+from torch.nn import functional
 from vptq_package import Published
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quality"))
 from table import machine
 
+from octavo._core import clib
 from octavo._core.io import write_json
 from octavo.evaluation.speed import read_bandwidth
 from octavo.kernels import gather, lookup
+from octavo.kernels._packed import decoded
 from octavo.layout import BlockScale, Layout
 from octavo.weight import VQWeight
 
@@ -162,6 +168,41 @@ def interleaved(runners: list[Any], threads: int, rounds: int) -> list[list[floa
     return taken
 
 
+def parts(inp: int, name: str, rounds: int, threads: int) -> list[str]:
+    """What a product of ``inp`` inputs begins with, on one thread, and the ways of a prompt of 512 vectors on all.
+
+    The tables come with the look-ups of a single tile of 64 rows, a hundredth of them, and with the call from Python.
+    """
+    (matrix,), (whole,) = (Ours(512, 0, name, (rows, inp), 1).matrices for rows in (64, inp))
+    x, weight = (torch.randn(rows, inp, generator=torch.Generator().manual_seed(0)) for rows in (512, inp))
+    halves = x.bfloat16(), weight.bfloat16()
+    moved, lib = torch.empty_like(x), clib.library()
+    assert lib is not None
+    works: dict[str, Callable[[], object]] = {
+        "transform": lambda: lib.octavo_matrix_transform(matrix.handle, x.data_ptr(), len(x), moved.data_ptr(), 1),
+        "transform and tables": lambda: [matrix.multiply(x[i : i + 1], 1) for i in range(len(x))],
+        "torch in bfloat16": lambda: functional.linear(*halves),
+        "torch in float32": lambda: functional.linear(x, weight),
+        "decoded to float32": lambda: decoded(x, whole),
+    }
+    if whole.has_many:
+        works["in bytes"] = lambda: whole.many(x, threads)
+    torch.set_num_threads(threads)
+    taken: dict[str, list[float]] = {part: [] for part in works}
+    for turn in range(rounds + 1):
+        for part, work in works.items():
+            began = time.perf_counter()
+            work()
+            if turn:
+                taken[part].append(1e6 * (time.perf_counter() - began) / len(x))
+    found = []
+    for part, times in taken.items():
+        median = statistics.median(times)
+        of_prompts = f"{inp * inp / 1e3 / median:6.1f} G multiplications/s"
+        found.append(f"{part:20} {f'{median:6.1f} us' if part.startswith('transform') else of_prompts}")
+    return found
+
+
 def row(runner: Any, shape: tuple[int, int], threads: int, times: list[float]) -> dict[str, Any]:
     """The figures of one runner."""
     median, weights = statistics.median(times), shape[0] * shape[1]
@@ -189,7 +230,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--vectors", type=int, default=1, help="prompts: so many at once, in bytes; without --peers")
     parser.add_argument("--isa", type=int, default=0, help="of ours: 1 baseline, 2 AVX2, 3 AVX-512, 4 VBMI, 0 the best")
+    parser.add_argument("--parts", type=int, metavar="INPUTS", help="only this: see above")
     arguments = parser.parse_args()
+    if arguments.parts:
+        print("\n".join(parts(arguments.parts, "gaussian-v8-k256-256", arguments.rounds, arguments.threads[-1])))
+        return
     if arguments.vectors > 1 and arguments.peers:
         parser.error("--vectors is for ours alone: give --peers without names")
     library = ggml() if arguments.peers else None

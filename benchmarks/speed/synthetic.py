@@ -67,6 +67,9 @@ def random_tensors(layout: Layout, generator: torch.Generator) -> dict[str, Tens
     for name, (dtype, shape) in layout.tensors().items():
         if name == "permutation":
             tensors[name] = torch.randperm(layout.shape[1], generator=generator).to(dtype)
+        elif name == "input_signs":
+            # Matrices that read the same vector have the same signs, as in models that are quantized.
+            tensors[name] = torch.randint(-(2**31), 2**31, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         elif dtype == torch.int32:
             tensors[name] = torch.randint(-(2**31), 2**31, shape, generator=generator).to(dtype)
         elif dtype == torch.int8:

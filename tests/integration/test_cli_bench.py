@@ -35,12 +35,14 @@ def quantized(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
-def test_bench_prints_one_document(capsys: pytest.CaptureFixture[str], quantized: Path) -> None:
+@pytest.mark.parametrize("kv_cache", ["int8", "float16"])
+def test_bench_prints_one_document(capsys: pytest.CaptureFixture[str], quantized: Path, kv_cache: str) -> None:
     options = ("--prompt", "30", "--generate", "4", "--rounds", "2", "--threads", "1", "--json")
+    options += () if kv_cache == "int8" else ("--kv-cache", kv_cache)
     code, stdout, stderr = call(capsys, "bench", quantized, *options)
     assert code == 0, stderr
     report = json.loads(stdout)
-    assert report["engine"] == "native decoder"
+    assert (report["engine"], report["kv_cache"]) == ("native decoder", kv_cache)
     for key in ("prompt_tokens_per_second", "generate_tokens_per_second", "bytes_per_token", "gigabytes_per_second"):
         assert report[key] > 0
     assert 0 < report["outside_matrices"] < 1

@@ -113,6 +113,6 @@ def test_a_vptq_model_runs_natively(
     tokens = torch.randint(3, 300, (12,))
     with torch.no_grad():
         wanted = model(tokens.unsqueeze(0)).logits[0]
-    decoder = NativeDecoder(model, 16)
+    decoder = NativeDecoder(model, 16, kv_cache="float16")
     for i in range(12):
         assert float((decoder.run(tokens[i : i + 1]) - wanted[i]).abs().max()) < 5e-3 * float(wanted.abs().max())

@@ -106,7 +106,7 @@ def test_saved_copied_and_moved_models_stay_tied(quantized: Path, tmp_path: Path
 def test_the_native_decoder_runs_them(quantized: Path) -> None:
     model = load(quantized, dtype=torch.float32, decode="packed")[0]
     assert not why_not(model)
-    decoder = NativeDecoder(model, 32, threads=2)
+    decoder = NativeDecoder(model, 32, threads=2, kv_cache="float16")
     wanted = logits(load(quantized, dtype=torch.float32, decode="dense")[0])[0]
     for i, token in enumerate(IDS[0]):
         found = decoder.run(token.reshape(1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from octavo.integrations.transformers import load
 from octavo.kernels import select
 from octavo.pipeline.run import quantize
 from octavo.runtime import decoder as native
-from octavo.runtime.decoder import NativeDecoder, why_not
+from octavo.runtime.decoder import why_not
 from octavo.runtime.generate import Conversation, Sampling
 
 pytestmark = pytest.mark.skipif(clib.library() is None, reason=f"no C++ library: {clib.why_missing()}")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
 Tiny = Callable[[str], Path]
+#: Keys and values in bytes are held to float64 in test_attention.py.
+NativeDecoder = partial(native.NativeDecoder, kv_cache="float16")
 
 
 @pytest.fixture(autouse=True)

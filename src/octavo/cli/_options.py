@@ -167,3 +167,15 @@ class Decode(StrEnum):
 DecodeOption = Annotated[
     Decode, typer.Option("--decode", help="Quantized matrices: decoded once, at every call, or what suits the device.")
 ]
+
+
+class KvCache(StrEnum):
+    """How the native decoder keeps keys and values."""
+
+    int8 = "int8"
+    float16 = "float16"
+
+
+KvCacheOption = Annotated[
+    KvCache, typer.Option("--kv-cache", help="Keys and values of the native decoder: in bytes or in half floats.")
+]

@@ -30,6 +30,7 @@ def command(
         typer.Option("--peer", metavar="FILE.gguf", help="A file for llama.cpp, measured in turn; repeatable."),
     ] = None,
     decode: options.DecodeOption = options.Decode.auto,
+    kv_cache: options.KvCacheOption = options.KvCache.int8,
     threads: ThreadsOption = None,
     trust_remote_code: RemoteCodeOption = False,
     quiet: QuietOption = False,
@@ -58,7 +59,7 @@ def command(
         if reason:
             engine: speed.Runner = speed.Transformers(loaded, f"transformers ({reason})")
         else:
-            engine = speed.Native(NativeDecoder(loaded, context, count), "native decoder")
+            engine = speed.Native(NativeDecoder(loaded, context, count, kv_cache.value), "native decoder")
         runners = [engine, *(speed.LlamaCpp(path, context, count) for path in peer or ())]
         vocabulary = loaded.config.get_text_config().vocab_size
         found = speed.measure(runners, prompt, generate, rounds, vocabulary, output.counter("rounds"))
@@ -71,6 +72,7 @@ def command(
                 "generate": generate,
                 "rounds": rounds,
                 "threads": count,
+                "kv_cache": None if reason else kv_cache.value,
                 "dtype": str(dtype).removeprefix("torch."),
                 "read_gigabytes_per_second": roof,
                 **own,

@@ -43,6 +43,7 @@ def command(
     seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
     dtype: DtypeOption = None,
     decode: options.DecodeOption = options.Decode.auto,
+    kv_cache: options.KvCacheOption = options.KvCache.int8,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
     trust_remote_code: RemoteCodeOption = False,
@@ -60,7 +61,8 @@ def command(
         use_threads(threads)
         quiet_libraries()
         loaded, tokenizer = load(model, *placement(device, dtype), decode.value, trust_remote_code=trust_remote_code)
-        talk = Conversation(loaded, tokenizer, system, max_new_tokens, temperature, top_p, repetition_penalty, seed)
+        sampling = (temperature, top_p, repetition_penalty, seed)
+        talk = Conversation(loaded, tokenizer, system, max_new_tokens, *sampling, kv_cache.value)
         if prompt is None:
             output.say(talk.engine)
         turns: list[dict[str, Any]] = []
@@ -108,6 +110,7 @@ class Conversation:
         top_p: float,
         repetition_penalty: float,
         seed: int,
+        kv_cache: str = options.KvCache.int8,
     ) -> None:
         import torch
 
@@ -129,7 +132,8 @@ class Conversation:
         self.engine = f"transformers ({reason})" if reason else "native decoder"
         if not reason:
             sampling = generate.Sampling(temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty)
-            self._native = generate.Conversation(decoder.NativeDecoder(model), sampling, seed)
+            native = decoder.NativeDecoder(model, kv_cache=kv_cache)
+            self._native = generate.Conversation(native, sampling, seed)
 
     def answer(self, text: str, stream: bool = True) -> dict[str, Any]:
         """Answer ``text``, printing tokens as they come if ``stream``.

@@ -41,6 +41,7 @@ def command(
     ] = 512,
     dtype: DtypeOption = None,
     decode: options.DecodeOption = options.Decode.auto,
+    kv_cache: options.KvCacheOption = options.KvCache.int8,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
     trust_remote_code: RemoteCodeOption = False,
@@ -59,7 +60,7 @@ def command(
         use_threads(threads)
         quiet_libraries()
         loaded, tokenizer = load(model, *placement(device, dtype), decode.value, trust_remote_code=trust_remote_code)
-        engine, name = engine_for(loaded, context), Path(model).name
+        engine, name = engine_for(loaded, context, kv_cache.value), Path(model).name
         try:
             server = Server((host, port), loaded, tokenizer, name, engine, max_new_tokens)
         except OSError as error:

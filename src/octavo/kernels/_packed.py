@@ -108,7 +108,7 @@ class PackedKernel(Kernel):
         if rows.shape[0] >= _MANY and x.dtype == torch.bfloat16 and prepared.has_many:
             y = prepared.many(rows.float().contiguous()).to(x.dtype)
         elif rows.shape[0] >= cls.many:
-            y = _decoded(rows, prepared)
+            y = decoded(rows, prepared)
         else:
             y = prepared.multiply(rows.float().contiguous()).to(x.dtype)
         return y.view(*x.shape[:-1], prepared.weight.layout.shape[0])
@@ -120,8 +120,8 @@ def _library() -> ctypes.CDLL:
     return lib
 
 
-def _decoded(x: Tensor, matrix: PackedMatrix) -> Tensor:
-    """Blocks of rows as dense matrices, in bfloat16 if ``x`` is, else in float32."""
+def decoded(x: Tensor, matrix: PackedMatrix) -> Tensor:
+    """W x + bias for ``x`` [n, in], blocks of rows as dense matrices: in bfloat16 if ``x`` is, else in float32."""
     out, inp = matrix.weight.layout.shape
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     moved = matrix.transformed(x.float().contiguous()).to(dtype)

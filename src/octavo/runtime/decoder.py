@@ -26,6 +26,10 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
 _ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 #: Rotary positions whose frequencies do not depend on the length.
 _ROPES = ("default", "linear", "llama3")
+#: How keys and values are kept, in the order of ``OCTAVO_CACHE_*``.
+KV_CACHES = ("float16", "int8")
+#: A token reads half as much of them, and the KL of a model of 2 bits changes by less than .1 % (docs/speed.md).
+DEFAULT_KV_CACHE = "int8"
 #: Prompts from this length on are read by transformers, whose products of decoded matrices are faster then.
 _LONG_PROMPT = 32
 _NORMS = {
@@ -91,6 +95,7 @@ class NativeDecoder:
         model: a transformers model on the CPU that :func:`why_not` has nothing against.
         capacity: tokens that a conversation may have; None takes what the model was made for, at most 4096.
         threads: of the C++ library; None takes as many as torch uses.
+        kv_cache: how keys and values are kept, one of :data:`KV_CACHES`: int8 has a factor per token and head.
 
     Attributes:
         length: tokens that the cache holds.
@@ -102,7 +107,11 @@ class NativeDecoder:
         ResourceError: the cache does not fit into memory.
     """
 
-    def __init__(self, model: Any, capacity: int | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self, model: Any, capacity: int | None = None, threads: int | None = None, kv_cache: str = DEFAULT_KV_CACHE
+    ) -> None:
+        if kv_cache not in KV_CACHES:
+            raise UsageError(f"kv_cache wanted one of {', '.join(KV_CACHES)}, got {kv_cache!r}.")
         if reason := why_not(model):
             raise UsageError(f"{type(model).__name__} cannot run natively: {reason}.")
         # Asked now: whoever runs the decoder may confine torch to one thread meanwhile.
@@ -120,7 +129,8 @@ class NativeDecoder:
         lib = clib.library()
         assert lib is not None
         try:
-            clib.call(lib.octavo_session_create, ctypes.addressof(decoder), self.capacity, ctypes.addressof(handle))
+            arguments = (ctypes.addressof(decoder), self.capacity, KV_CACHES.index(kv_cache), ctypes.addressof(handle))
+            clib.call(lib.octavo_session_create, *arguments)
         except MemoryError as error:
             raise ResourceError(
                 f"the cache of keys and values for {self.capacity} tokens does not fit into memory; use fewer."

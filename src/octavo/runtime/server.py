@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from octavo._core.errors import OctavoError, UsageError
-from octavo.runtime.decoder import NativeDecoder, why_not
+from octavo.runtime.decoder import DEFAULT_KV_CACHE, NativeDecoder, why_not
 from octavo.runtime.generate import Conversation, Sampling
 
 #: Longest request body in bytes.
@@ -56,8 +56,8 @@ class Native:
 
     name = "native decoder"
 
-    def __init__(self, model: Any, capacity: int | None = None) -> None:
-        self._talk = Conversation(NativeDecoder(model, capacity), Sampling())
+    def __init__(self, model: Any, capacity: int | None = None, kv_cache: str = DEFAULT_KV_CACHE) -> None:
+        self._talk = Conversation(NativeDecoder(model, capacity, kv_cache=kv_cache), Sampling())
         self.capacity = self._talk.decoder.capacity
 
     def answer(
@@ -93,10 +93,10 @@ class Transformers:
             news = torch.tensor([[token]], device=self._model.device)
 
 
-def engine_for(model: Any, capacity: int | None = None) -> Engine:
-    """The fastest engine that runs a loaded model."""
+def engine_for(model: Any, capacity: int | None = None, kv_cache: str = DEFAULT_KV_CACHE) -> Engine:
+    """The fastest engine that runs a loaded model; ``kv_cache`` is of the native decoder."""
     reason = why_not(model)
-    return Transformers(model, reason, capacity) if reason else Native(model, capacity)
+    return Transformers(model, reason, capacity) if reason else Native(model, capacity, kv_cache)
 
 
 @dataclass(frozen=True, kw_only=True)
