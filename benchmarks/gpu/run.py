@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import platform
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -37,6 +39,14 @@ def models(rounds: int) -> Iterator[dict[str, Any]]:
     for name, fused in [*((name, False) for name in MODELS), *((name, True) for name in MODELS[:2])]:
         yield model.row(name, fused, PROMPT, CONTEXT, rounds)
         torch.cuda.empty_cache()
+
+
+def where() -> dict[str, Any]:
+    """What the timings belong to; a copy of the files without git has no commit to tell."""
+    try:
+        return machine()
+    except (OSError, subprocess.CalledProcessError):
+        return {"platform": platform.platform()}
 
 
 def show(row: dict[str, Any], roof: float) -> str:
@@ -70,7 +80,7 @@ def main() -> None:
     roof = products.copy_roof(arguments.rounds)
     print(f"copy: {roof:.0f} GB/s", flush=True)
     about: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "copy_gigabytes_per_second": roof}
-    about |= {"machine": machine(), "minutes": arguments.minutes}
+    about |= {"machine": where(), "minutes": arguments.minutes}
     shapes = [(int(text.split("x")[0]), int(text.split("x")[1])) for text in arguments.shape]
     sizes = (arguments.vectors, arguments.megabytes, arguments.rounds)
     # The models first: they are few, and nothing else says what tokens cost.

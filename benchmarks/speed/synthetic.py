@@ -74,9 +74,12 @@ def random_tensors(layout: Layout, generator: torch.Generator) -> dict[str, Tens
             tensors[name] = torch.randint(-(2**31), 2**31, shape, generator=generator).to(dtype)
         elif dtype == torch.int8:
             tensors[name] = torch.randint(-127, 128, shape, generator=generator).to(dtype)
+        elif name.startswith("codebook_") and not name.startswith("codebook_scale"):
+            # Not zeros, of which products take less power, and so less time on a GPU.
+            tensors[name] = (torch.randn(shape, generator=generator) * 0.02).to(dtype)
         else:
-            low = -0.5 * float(np.log2(layout.shape[1]))
-            size = low if name == "block_scale_low" else 0.01 if name.startswith("codebook_scale") else 0.0
+            sizes = {"block_scale_low": -0.5 * float(np.log2(layout.shape[1])), "channel_scale": 1.0}
+            size = 0.01 if name.startswith("codebook_scale") else sizes.get(name, 0.0)
             tensors[name] = torch.full(shape, size, dtype=dtype)
     return tensors
 
