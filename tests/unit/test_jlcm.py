@@ -209,3 +209,9 @@ def test_the_gradient_that_moves_codes_is_that_of_the_decoded_vectors() -> None:
     assert layer.moved_codes() == int((after.codes()[0] != quantized.codes()[0]).sum()) > 0
     assert all(torch.equal(after.tensors[key], quantized.tensors[key]) for key in after.tensors if key != "indices")
     assert torch.equal(layer.start.tensors["indices"], quantized.tensors["indices"])
+
+
+def test_a_layer_that_no_token_reached_keeps_its_codes() -> None:
+    layer = TunableLinear(_quantize(*_matrix(12, 16), groups=3), ("books", "codes"), "expert")
+    layer.move_codes(1.0, "proximal", 8)
+    assert layer.moved_codes() == 0
