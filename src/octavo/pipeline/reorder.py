@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ def load_reordered(
     index: int,
     algorithm: Algorithm,
     hidden: Sequence[Tensor],
-    kwargs: Sequence[Mapping[str, Any]],
+    kwargs: Sequence[dict[str, Any]],
     note: Callable[[str], None],
 ) -> nn.Module:
     """Block ``index`` as the method wants it: its neurons in :meth:`Algorithm.row_order`, folded into both neighbours.
