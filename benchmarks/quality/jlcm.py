@@ -138,7 +138,7 @@ def learning(block: Block, bits: float, steps: int) -> list[dict[str, Any]]:
     rows = []
     for label, options in LEARNING.items():
         algorithm = algorithms.get("jlcm")(bits=bits, steps=steps, **options)
-        tuner = BlockTuner(block.causal, block.tokens, BlockTuneOptions(**algorithm.block_tuning), 0)
+        tuner = BlockTuner(block.causal, block.tokens, BlockTuneOptions(**(algorithm.block_tuning or {})), 0)
         loaded = block.load(algorithm)
         tuner.begin(block.hidden)
         tuner.aim(loaded, block.hidden, block.kwargs, block.causal.blocks[block.index])
