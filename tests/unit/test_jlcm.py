@@ -120,6 +120,8 @@ def test_codebooks_of_single_rows_need_no_scales() -> None:
         ({"reorder": 1}, "reorder wanted one of True, False; got 1"),
         ({"learn": "codes"}, "learn wanted one of none, books, joint; got 'codes'"),
         ({"rule": "adam"}, "rule wanted one of proximal, ste; got 'adam'"),
+        ({"metric": "euclid"}, "metric wanted one of block, diagonal, none; got 'euclid'"),
+        ({"rounds": -1}, "rounds wanted a whole number >= 0, got -1"),
         ({"damping": 0}, "damping wanted a number above 0"),
     ],
 )

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from octavo._core.errors import UsageError
-from octavo.algorithms._base import Algorithm, Problem, check_damping, registry
-from octavo.algorithms._rows import RowCoder, RowOptions
+from octavo.algorithms._base import Algorithm, Problem, registry
+from octavo.algorithms._rows import RowCoder, RowOptions, check_choice, check_row_options
 from octavo.layout import BlockScale, CodebookDtype, Layout
 from octavo.math.grouping import grouped_order, shape_features
 from octavo.math.moves import POWERS, Rule
@@ -36,7 +36,7 @@ class JLCM(RowOptions, Algorithm):
         vector_length: 1 as published; 2, 4 and 8 are row vectors.
         groups: codebooks per matrix, evened out over its rows; 1 does without groups; None chooses.
         reorder: put neurons (rows) of like distributions next to each other where that costs nothing; see
-            :mod:`octavo.models.reorder`.
+            :mod:`octavo.models.neurons`.
         codebook_dtype: of the centroids.
         learn: what is trained on the output of the block: ``none``, ``books`` (with scales and norms) or ``joint``, the
             codes as well.
@@ -62,6 +62,7 @@ class JLCM(RowOptions, Algorithm):
 
     def __post_init__(self) -> None:
         Algorithm.__post_init__(self)
+        check_row_options(self)
         for option, choices in (
             ("vector_length", _VECTOR_LENGTHS),
             ("reorder", (True, False)),
@@ -69,12 +70,9 @@ class JLCM(RowOptions, Algorithm):
             ("learn", ("none", "books", "joint")),
             ("rule", tuple(POWERS)),
         ):
-            value = getattr(self, option)
-            if not any(type(value) is type(choice) and value == choice for choice in choices):
-                raise UsageError(f"jlcm: {option} wanted one of {', '.join(map(str, choices))}; got {value!r}")
+            check_choice(self, option, choices)
         if self.groups is not None and (type(self.groups) is not int or self.groups < 1):
             raise UsageError(f"jlcm: groups wanted a whole number >= 1, got {self.groups!r}")
-        check_damping(self)
 
     @property
     def block_tuning(self) -> Mapping[str, Any] | None:
