@@ -177,10 +177,13 @@ class VQWeight:
         The order of the steps is that of the VPTQ format: sum of stages, signs, block scales, outlier columns,
         permutation, channel scale, channel offset; then come the transforms, in float32 at least.
         """
+        return self.assembled(self.vectors(dtype))
+
+    def vectors(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The decoded vectors [vector rows, vector columns, v] of the main columns: stages added up, signs applied."""
         layout = self.layout
-        out, inp = layout.shape
         v, codes = layout.vector_length, self.codes()
-        book_id = self._book_ids()
+        book_id = self.book_ids()
         vectors: Tensor | None = None
         for stage, bits in enumerate(layout.stages):
             book = self.codebook(stage, dtype)
@@ -190,14 +193,23 @@ class VQWeight:
         if layout.sign_bits:
             bit = (codes[-1].unsqueeze(-1) >> torch.arange(v, device=self.device)) & 1
             vectors = torch.where(bit.bool(), -vectors, vectors)
+        return vectors
+
+    def assembled(self, vectors: Tensor) -> Tensor:
+        """The matrix [out_features, in_features] with ``vectors`` in place of what :meth:`vectors` gives.
+
+        It is linear in them but for constants (outliers, offsets), in their dtype.
+        """
+        layout, dtype = self.layout, vectors.dtype
+        out, inp = layout.shape
         main = self._assemble(vectors, layout.direction)[:out, : layout.main_columns]
         if layout.block_scale is not None:
             main = self._apply_block_scale(main, dtype)
         if layout.outliers is not None:
             o = layout.outliers
             index = unpack(self.tensors["outlier_indices"], o.bits, o.columns)
-            vectors = _rows_of(self.tensors["outlier_codebook"].to(dtype), index)
-            main = torch.cat([self._assemble(vectors, "column")[:out], main], dim=1)
+            outliers = _rows_of(self.tensors["outlier_codebook"].to(dtype), index)
+            main = torch.cat([self._assemble(outliers, "column")[:out], main], dim=1)
         if layout.permuted:
             order = index_dtype_to_int64(self.tensors["permutation"])
             main = main[:, torch.argsort(order)]
@@ -253,8 +265,8 @@ class VQWeight:
             return vectors.transpose(1, 2).reshape(rows * v, columns)
         return vectors.reshape(rows, columns * v)
 
-    def _book_ids(self) -> Tensor:
-        """Which codebook each index refers to, broadcastable to the index matrix."""
+    def book_ids(self) -> Tensor:
+        """Which codebook each index refers to, int64, broadcastable to the index matrix."""
         layout = self.layout
         if layout.tile is None:
             return torch.zeros(1, 1, dtype=torch.int64, device=self.device)

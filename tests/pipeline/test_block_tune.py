@@ -42,7 +42,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def settings(method: str, text: Path) -> dict[str, Any]:
     """A job at about 2 bits."""
     given = {"rtn": RTN | {"calib": text}, "gptq": gptq(text), "vptq": vptq(text)}.get(method, vptq(text))
-    options = {"gptvq": {}, "universal": {"sweeps": 0, "beam": 4}}.get(method, given["options"])
+    own = {"gptvq": {}, "universal": {"sweeps": 0, "beam": 4}, "jlcm": {"learn": "none"}}
+    options = own.get(method, given["options"])
     bits = 2 if method in ("rtn", "gptq") else 2.5
     return given | {"method": method, "bits": bits, "options": options, "samples": SAMPLES, "ctx": CTX}
 
@@ -293,8 +294,12 @@ def test_a_resume_with_other_options_is_refused(tiny_llama: Path, tiny_text_file
         ({"lr": 0}, "lr wanted a number > 0, got 0"),
         ({"lr": float("nan")}, "lr wanted a number > 0, got nan"),
         ({"target": "output"}, "target wanted 'original' or 'input', got 'output'"),
-        ({"train": "indices"}, "train wanted some of books, scales, biases, norms, got indices"),
+        ({"train": "indices"}, "train wanted some of books, scales, biases, norms, codes, got indices"),
         ({"train": "books"}, "store no books; they and the blocks have norms, scales"),
+        ({"train": "codes"}, "codes are trained beside numbers; add books, scales or norms to train"),
+        ({"code_lr": 0}, "code_lr wanted a number > 0, got 0"),
+        ({"rule": "adam"}, "rule wanted one of proximal, ste, got 'adam'"),
+        ({"neighbours": 0}, "neighbours wanted a whole number >= 1, got 0"),
         ({"held_out": SAMPLES}, "24 of 24 calibration window(s) would be held out"),
     ],
 )

@@ -139,6 +139,19 @@ class Algorithm(ABC):
             budget = math.floor(self.bits * sum(out * inp for (out, inp), _ in shapes))
         return allocate([candidates[key] for key in shapes], budget, importance, size)
 
+    @property
+    def block_tuning(self) -> Mapping[str, Any] | None:
+        """How blocks are tuned after they are quantized, unless the user decides: options of
+        :class:`octavo.pipeline.block_tune.BlockTuneOptions`, or None for not at all."""
+        return None
+
+    def row_order(self, weights: Sequence[Tensor]) -> Tensor | None:
+        """The order [rows] int64 that the rows of matrices [rows, columns] had best be quantized in, one for all.
+
+        None, the default, stands for the order that they have.
+        """
+        return None
+
     def stream(self, name: str, shape: tuple[int, int]) -> str:
         """What the random numbers of a matrix (out, in) depend on, besides the run's seed: by default its name."""
         return name

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from octavo.algorithms._base import Problem
+from octavo._core.errors import UsageError
+from octavo.algorithms._base import Problem, check_damping
 from octavo.algorithms._books import BookMap, adam, least_squares, output_loss
 from octavo.math.feedback import error_feedback
 from octavo.math.hessian import Factor, dead_columns, factorize
@@ -54,6 +56,35 @@ class RowOptions:
     update: Literal["least_squares", "adam", "none"] = "least_squares"
     rounds: int = 1
     damping: float = 0.01
+
+
+def check_row_options(algorithm: Any) -> None:
+    """Refuse :class:`RowOptions` of a method that have no meaning.
+
+    Raises:
+        UsageError: what was wanted and given.
+    """
+    for option, choices in (
+        ("scale_norm", ("max", "rms")),
+        ("init", ("mahalanobis", "kmeans++")),
+        ("metric", ("block", "diagonal", "none")),
+        ("update", ("least_squares", "adam", "none")),
+        ("refresh", (True, False)),
+        ("exact_feedback", (True, False)),
+    ):
+        check_choice(algorithm, option, choices)
+    for option, least in (("iterations", 1), ("rounds", 0)):
+        value = getattr(algorithm, option)
+        if type(value) is not int or value < least:
+            raise UsageError(f"{algorithm.name}: {option} wanted a whole number >= {least}, got {value!r}")
+    check_damping(algorithm)
+
+
+def check_choice(algorithm: Any, option: str, choices: Sequence[Any]) -> None:
+    """Refuse an option that is none of the choices, types included."""
+    value = getattr(algorithm, option)
+    if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
+        raise UsageError(f"{algorithm.name}: {option} wanted one of {', '.join(map(str, choices))}; got {value!r}")
 
 
 class RowCoder:

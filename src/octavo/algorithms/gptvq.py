@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from octavo._core.errors import UsageError
-from octavo.algorithms._base import Algorithm, Problem, check_damping, registry
+from octavo.algorithms._base import Algorithm, Problem, registry
 from octavo.algorithms._choose import stage_choices
-from octavo.algorithms._rows import RowCoder, RowOptions
+from octavo.algorithms._rows import RowCoder, RowOptions, check_choice, check_row_options
 from octavo.layout import BlockScale, CodebookDtype, Layout
 
 VECTOR_LENGTHS = (1, 2, 4, 8)
@@ -106,18 +106,17 @@ class GPTVQ(RowOptions, Algorithm):
 
     def __post_init__(self) -> None:
         Algorithm.__post_init__(self)
-        self._check_choice("vector_length", (None, *VECTOR_LENGTHS))
-        self._check_choice("scale_norm", ("max", "rms"))
-        self._check_choice("init", ("mahalanobis", "kmeans++"))
-        self._check_choice("metric", ("block", "diagonal", "none"))
-        self._check_choice("update", ("least_squares", "adam", "none"))
-        self._check_choice("codebook_dtype", ("auto", "int8", "int4", "float16", "bfloat16", "float32"))
-        for option in ("refresh", "exact_feedback", "permute"):
-            self._check_choice(option, (True, False))
+        check_row_options(self)
+        for option, choices in (
+            ("vector_length", (None, *VECTOR_LENGTHS)),
+            ("codebook_dtype", ("auto", "int8", "int4", "float16", "bfloat16", "float32")),
+            ("permute", (True, False)),
+        ):
+            check_choice(self, option, choices)
         k = self.centroids
         if k is not None and (type(k) is not int or k < 2 or k > 65536 or k & (k - 1)):
             raise UsageError(f"gptvq: centroids wanted a power of two, 2..65536, got {k!r}")
-        for option, least in (("group_rows", 1), ("group_columns", 0), ("iterations", 1), ("rounds", 0)):
+        for option, least in (("group_rows", 1), ("group_columns", 0)):
             value = getattr(self, option)
             if value is not None and (type(value) is not int or value < least):
                 raise UsageError(f"gptvq: {option} wanted a whole number >= {least}, got {value!r}")
@@ -129,12 +128,6 @@ class GPTVQ(RowOptions, Algorithm):
             raise UsageError("gptvq: svd_rank is for scalars; give vector_length=1 as well")
         if self.svd_rank and self.codebook_dtype == "int4":
             raise UsageError("gptvq: svd_rank stores int8 or float coefficients, not int4")
-        check_damping(self)
-
-    def _check_choice(self, option: str, choices: Sequence[Any]) -> None:
-        value = getattr(self, option)
-        if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
-            raise UsageError(f"gptvq: {option} wanted one of {', '.join(map(str, choices))}; got {value!r}")
 
     # ---------------------------------------------------------------- layout
 

@@ -55,7 +55,7 @@ Method = Annotated[
     typer.Option(
         "--method",
         "-m",
-        help="auto, universal, vptq, gptvq, gptq or rtn; `octavo doctor` lists all.",
+        help="auto, universal, vptq, gptvq, jlcm, gptq or rtn; `octavo doctor` lists all.",
         show_default="auto",
     ),
 ]

@@ -80,7 +80,8 @@ def command(
         typer.Option(
             "--tune-blocks-set",
             metavar="KEY=VALUE",
-            help="An option of that: steps, batch_tokens, lr, train, held_out, target; repeatable.",
+            help="An option of that: steps, batch_tokens, lr, train, held_out, target, rule, neighbours, code_lr; "
+            "repeatable.",
         ),
     ] = None,
     tune: Annotated[

@@ -67,6 +67,8 @@ class CausalModel:
         self._targets = skeleton.find_targets(dict(zip(self.blocks, blocks, strict=True)), skip, source.name)
         self.ends = skeleton.find_ends(self._model, source.name) if with_ends else None
         self._sources = match_names(self._model, self.reader)
+        #: By module: the order of its outputs and that of its inputs, where these are not those of the checkpoint.
+        self._orders: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         self._loaded: dict[int, nn.Module] = {}
         self._fingerprint: str | None = None
         self.max_positions: int | None = getattr(source.config.get_text_config(), "max_position_embeddings", None)
@@ -172,6 +174,15 @@ class CausalModel:
 
     # ---------------------------------------------------------------- blocks
 
+    def reorder(self, name: str, outputs: Tensor | None = None, inputs: Tensor | None = None) -> None:
+        """Give weight and bias of target ``name`` with outputs and inputs in these orders until its block is released.
+
+        None is the order of the checkpoint. The caller sees to it that the block computes the same: see
+        :mod:`octavo.models.neurons`.
+        """
+        assert name in self._taken(), "octavo bug: only what is quantized is written anew"
+        self._orders[name] = outputs, inputs
+
     def load_block(self, index: int, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Block ``index`` with its weights, in eval mode; it is the caller's to change.
 
@@ -190,7 +201,9 @@ class CausalModel:
         return block
 
     def release_block(self, index: int) -> None:
-        """Free the weights of a block that :meth:`load_block` gave, whoever still holds it."""
+        """Free the weights of a block that :meth:`load_block` gave, whoever still holds it, and forget their orders."""
+        for name in self._targets[index]:
+            self._orders.pop(name, None)
         block = self._loaded.pop(index, None)
         if block is not None:
             block.to("meta")
@@ -386,6 +399,12 @@ class CausalModel:
                     "fetch it again."
                 )
             raise NumericalError(f"{where}: {bad} values overflow when converted from {stored.dtype} to {dtype}.")
+        module, _, leaf = name.rpartition(".")
+        orders = self._orders.get(module, ())
+        if orders and leaf == "weight" and self._target(module).transposed:
+            orders = orders[::-1]
+        for axis, order in enumerate(orders[: tensor.dim()]):
+            tensor = tensor if order is None else tensor.index_select(axis, order)
         return tensor
 
     def _target(self, name: str) -> Target:

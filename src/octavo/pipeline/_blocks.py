@@ -25,6 +25,7 @@ from octavo.pipeline.events import Clock, Progress, Reporter
 from octavo.pipeline.guide import Guide, Sensitivity, find
 from octavo.pipeline.head import head_algorithm, head_statistics, tied_hessian
 from octavo.pipeline.plan import Plan
+from octavo.pipeline.reorder import load_reordered
 from octavo.pipeline.store import Store
 from octavo.weight import VQWeight
 
@@ -128,9 +129,9 @@ class BlockWalk(Reporter):
         for index in range(done, blocks):
             start, noted = time.perf_counter(), len(self.notes)
             layouts = {m.module: m.layout for m in the_plan.matrices if m.block == index}
-            with self.clock.phase("load"):
-                block = causal.load_block(index)
             kwargs = [k[index] for k in inputs.kwargs] if inputs else []
+            with self.clock.phase("load"):
+                block = load_reordered(causal, index, algorithm, hidden[:1], kwargs[:1], self.note)
             mask = inputs.mask if inputs else []
             if tuner is not None:
                 with self.clock.phase("forward"):

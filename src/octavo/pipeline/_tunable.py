@@ -1,4 +1,4 @@
-"""A linear layer whose quantized matrix can be trained in everything but its indices."""
+"""A linear layer whose quantized matrix can be trained: in everything but its indices, and in those where asked to."""
 
 from __future__ import annotations
 
@@ -14,26 +14,37 @@ from torch.utils.checkpoint import checkpoint
 
 from octavo._core.errors import UsageError
 from octavo.formats.reader import listing
+from octavo.layout import Layout
+from octavo.math import moves
 from octavo.math.pack import pack, unpack
-from octavo.stored import decode_codebooks
+from octavo.stored import decode_codebooks, pack_codes
 from octavo.weight import VQWeight
 
 #: What can be trained.
 PARTS = ("books", "scales", "biases", "norms")
+#: The part that is no number: where blocks are tuned it can be trained as well.
+CODES = "codes"
+#: Largest codebook, in bits, whose codes are trained: moves look at the distances between all pairs of codewords.
+_MAX_CODE_BITS = 12
 #: Logarithms of scales are trained as codes that need not be whole; the grid that the codes count in stays.
 _CODE = "block_scale_code"
 
 
-def check_parts(train: Sequence[str]) -> tuple[str, ...]:
+def check_parts(train: Sequence[str], known: Sequence[str] = PARTS) -> tuple[str, ...]:
     """The parts in their usual order.
 
     Raises:
         UsageError: an unknown one, or none.
     """
-    unknown = [part for part in train if part not in PARTS]
+    unknown = [part for part in train if part not in known]
     if unknown or not train:
-        raise UsageError(f"train wanted some of {', '.join(PARTS)}, got {listing(unknown) if unknown else 'nothing'}.")
-    return tuple(part for part in PARTS if part in train)
+        raise UsageError(f"train wanted some of {', '.join(known)}, got {listing(unknown) if unknown else 'nothing'}.")
+    return tuple(part for part in known if part in train)
+
+
+def has_codes(layout: Layout) -> bool:
+    """Whether the codes of a layout can be trained: one stage without signs, of at most 4096 codewords."""
+    return len(layout.stages) == 1 and not layout.sign_bits and layout.code_bits <= _MAX_CODE_BITS
 
 
 def part_of(tensor: str) -> str | None:
@@ -87,10 +98,12 @@ class TunableLinear(nn.Module):
 
     Args:
         weight: the quantized matrix; its integers are kept as they are.
-        train: the :data:`PARTS` that become parameters.
+        train: the :data:`PARTS` that become parameters; with :data:`CODES`, :meth:`move_codes` moves codes as well,
+            where the layout allows it.
         name: the module's name, for messages.
     """
 
+    indices: Tensor
     block_scale_code: Tensor
     block_scale_low: Tensor
     block_scale_step: Tensor
@@ -120,6 +133,9 @@ class TunableLinear(nn.Module):
                 self.register_parameter(key, nn.Parameter(tensor.clone()))
             else:
                 self.register_buffer(key, tensor)
+        self.codes = None
+        if CODES in train and has_codes(weight.layout):
+            self.codes = moves.Displacement(weight.codebook(0), weight.book_ids().expand(weight.layout.index_shape))
 
     def relaxed(self) -> VQWeight:
         """The weight in float32 before it is rounded to what is stored."""
@@ -168,6 +184,8 @@ class TunableLinear(nn.Module):
             detached[_CODE] = pack(codes.long(), self._code_bits)
         tensors = VQWeight(free, detached).rounded(layout, self.name)
         kept = {key: tensor for key, tensor in self.start.tensors.items() if part_of(key) not in parts}
+        if self.codes is not None:
+            kept["indices"] = self.indices
         return VQWeight(layout, {**tensors.tensors, **kept})
 
     def unit(self, key: str) -> float:
@@ -193,7 +211,23 @@ class TunableLinear(nn.Module):
 
     def _multiply(self, x: Tensor) -> Tensor:
         weight = self.current()
-        return functional.linear(x, weight.dequantize(), weight.bias)
+        if self.codes is None or self.at_start:
+            return functional.linear(x, weight.dequantize(), weight.bias)
+        return functional.linear(x, weight.assembled(self.codes.attach(weight.vectors())), weight.bias)
+
+    @torch.no_grad()
+    def move_codes(self, rate: float, rule: moves.Rule, neighbours: int) -> None:
+        """Move codes by the gradient of the last backward pass, at a learning rate in mean gaps of a codebook."""
+        if self.codes is not None:
+            weight = self.rounded()
+            before = weight.codes()[0]
+            after = self.codes.step(before, weight.codebook(0), rate, rule, neighbours)
+            if not torch.equal(before, after):
+                self.indices = pack_codes(self.start.layout, [after])
+
+    def moved_codes(self) -> int:
+        """How many codes are not what they were before tuning."""
+        return int((self.rounded().codes()[0] != self.start.codes()[0]).sum())
 
     def _multiply_rows(self, x: Tensor) -> Tensor:
         weight = self.current()

@@ -2,6 +2,7 @@
 
 What a quantized block stores besides indices - codebooks, scales, biases - and its norms are trained until the block's
 output is closer to that of the original block. It is the same for every method; size and format stay what they are.
+With ``codes`` the indices are trained together with them (JLCM, arXiv 2309.17361; :mod:`octavo.math.moves`).
 """
 
 from __future__ import annotations
@@ -22,10 +23,14 @@ from octavo._core.seeds import generator
 from octavo.calibration import capture
 from octavo.formats.reader import DTYPES
 from octavo.layout import Layout
+from octavo.math.moves import POWERS, Rule
 from octavo.models.adapter import CausalModel
 from octavo.pipeline._tunable import (
+    CODES,
+    PARTS,
     TunableLinear,
     check_parts,
+    has_codes,
     norms_of,
     part_of,
     train_norm,
@@ -48,11 +53,13 @@ class BlockTuneOptions:
         steps: optimizer steps per block; None makes 4 passes over the windows, and at least 48 steps.
         batch_tokens: tokens per step, at least one window.
         lr: learning rate relative to the root mean square of each tensor; absolute for scales stored as logarithms.
-        train: what is trained: ``books``, ``scales``, ``biases``, ``norms``.
+        train: what is trained: ``books``, ``scales``, ``biases``, ``norms``, ``codes``.
         held_out: windows that are measured on and not trained on; None is an eighth, at least 1.
         target: the output that a block is to have for the inputs that the quantized blocks before it produce:
             ``input`` is that of the original block for the same inputs; ``original`` is that of the original block
             within the original model, so that a block also makes up for what those before it lost.
+        rule, neighbours: how codes move, if they are trained: see :func:`octavo.math.moves.moved`.
+        code_lr: learning rate of codes, in mean gaps between the codewords of a codebook.
     """
 
     steps: int | None = None
@@ -61,22 +68,35 @@ class BlockTuneOptions:
     train: tuple[str, ...] = ("books", "scales", "norms")
     held_out: int | None = None
     target: Literal["input", "original"] = "input"
+    rule: Rule = "proximal"
+    neighbours: int = 8
+    code_lr: float = 0.02
 
     def __post_init__(self) -> None:
         parts = self.train.split(",") if isinstance(self.train, str) else self.train
-        object.__setattr__(self, "train", check_parts([part.strip() for part in parts]))
-        for name in ("steps", "batch_tokens", "held_out"):
+        object.__setattr__(self, "train", check_parts([part.strip() for part in parts], (*PARTS, CODES)))
+        for name in ("steps", "batch_tokens", "held_out", "neighbours"):
             value = getattr(self, name)
-            if not (value is None and name != "batch_tokens") and (type(value) is not int or value < 1):
+            if not (value is None and name in ("steps", "held_out")) and (type(value) is not int or value < 1):
                 raise UsageError(f"tune_blocks: {name} wanted a whole number >= 1, got {value!r}")
-        if not (isinstance(self.lr, int | float) and 0 < self.lr < math.inf):
-            raise UsageError(f"tune_blocks: lr wanted a number > 0, got {self.lr!r}")
+        for name in ("lr", "code_lr"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise UsageError(f"tune_blocks: {name} wanted a number > 0, got {value!r}")
+        if self.train == (CODES,):
+            raise UsageError("tune_blocks: codes are trained beside numbers; add books, scales or norms to train")
+        if self.rule not in POWERS:
+            raise UsageError(f"tune_blocks: rule wanted one of {', '.join(POWERS)}, got {self.rule!r}")
         if self.target not in ("original", "input"):
             raise UsageError(f"tune_blocks: target wanted 'original' or 'input', got {self.target!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        return {**asdict(self), "train": list(self.train)}
+        """JSON-able form; the options of codes, which came later, only if those are trained."""
+        values = {**asdict(self), "train": list(self.train)}
+        if CODES not in self.train:
+            for name in ("rule", "neighbours", "code_lr"):
+                del values[name]
+        return values
 
     def check(self, layouts: Sequence[Layout], tokens: Tensor) -> None:
         """Refuse parts that none of the layouts has, and too few windows [windows, tokens].
@@ -84,6 +104,11 @@ class BlockTuneOptions:
         Raises:
             UsageError: there would be nothing to train.
         """
+        if CODES in self.train and not any(map(has_codes, layouts)):
+            raise UsageError(
+                "tune_blocks: codes can be trained that have one stage without signs, of at most 4096 codewords; no "
+                "matrix of this method has such."
+            )
         there = {part_of(key) for layout in layouts for key in layout.tensors()} | {"norms"}
         if not there & set(self.train):
             raise UsageError(
@@ -109,13 +134,17 @@ class BlockTuneOptions:
 
 @dataclass(frozen=True)
 class BlockTuneReport:
-    """What tuning did to one block: mean squared error of its output on held-out windows over the target's variance."""
+    """What tuning did to one block: mean squared error of its output on held-out windows over the target's variance.
+
+    ``moved`` is the share of the codes that are not what they were.
+    """
 
     block: str
     loss_before: float
     loss_after: float
     best_step: int
     steps: int
+    moved: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -236,19 +265,20 @@ class BlockTuner:
                 loss = error / (count * variance)
                 _check(float(loss.detach()), "the loss")
                 loss.backward()
-                for key, parameter in student.parameters.items():
+                for key, parameter in (student.parameters | student.probes).items():
                     if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
                         raise NumericalError(f"the gradient of {key} holds NaN or infinity")
-                rate = options.lr * learning_rate(step - 1, steps, min(_WARMUP, steps))
+                share = learning_rate(step - 1, steps, min(_WARMUP, steps))
                 for group in optimizer.param_groups:
-                    group["lr"] = rate * group["unit"]
+                    group["lr"] = options.lr * share * group["unit"]
                 optimizer.step()
+                student.move_codes(options.code_lr * share)
                 if step % every == 0 or step == steps:
                     held_out = self._measure(student, data, variance)
                     if held_out < best:
                         best, best_step, values = held_out, step, student.values()
         student.set_values(values)
-        report = BlockTuneReport(name, before, best, best_step, steps)
+        report = BlockTuneReport(name, before, best, best_step, steps, student.moved())
         return TunedBlock(student.weights(changed=best_step > 0), student.norms() if best_step else {}, report)
 
     @torch.no_grad()
@@ -319,6 +349,7 @@ class _Student:
 
     Attributes:
         parameters: name -> what is trained. units: by the same names, the natural step size of each.
+        probes: name -> what takes the gradients that move codes.
     """
 
     def __init__(
@@ -330,6 +361,8 @@ class _Student:
         options: BlockTuneOptions,
     ) -> None:
         self._block, self._prefix, self._start = block, prefix, dict(weights)
+        self._options = options
+        self.probes: dict[str, Tensor] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         self.units: dict[str, float] = {}
         self._own: dict[str, nn.Module] = {}
@@ -339,13 +372,15 @@ class _Student:
             name = full.removeprefix(prefix + ".")
             layer = TunableLinear(weight, options.train, full)
             trained = dict(layer.named_parameters(recurse=False))
-            if not trained:
+            if not trained and layer.codes is None:
                 # The layer that is there has the decoded matrix already.
                 continue
             self._layers[full], self._own[name] = layer, block.get_submodule(name)
             block.set_submodule(name, layer)
             for key, parameter in trained.items():
                 self.parameters[f"{full}.{key}"], self.units[f"{full}.{key}"] = parameter, layer.unit(key)
+            if layer.codes is not None:
+                self.probes[f"{full}.indices"] = layer.codes.probe
         for full, dtype, module, leaf in norms:
             self.parameters[full], self.units[full] = train_norm(module, leaf, dtype)
 
@@ -353,15 +388,29 @@ class _Student:
         output = self._block(states, **arguments)
         return output[0] if isinstance(output, tuple) else output
 
+    def move_codes(self, rate: float) -> None:
+        """Let the codes that are trained follow the last gradient."""
+        for layer in self._layers.values():
+            layer.move_codes(rate, self._options.rule, self._options.neighbours)
+
+    def moved(self) -> float:
+        """The share of the block's codes that are not what they were."""
+        vectors = sum(weight.layout.index_shape[0] * weight.layout.index_shape[1] for weight in self._start.values())
+        return sum(layer.moved_codes() for layer in self._layers.values()) / vectors
+
     def values(self) -> dict[str, Tensor]:
         """Copies of everything that is trained."""
-        return {key: parameter.detach().clone() for key, parameter in self.parameters.items()}
+        numbers = {key: parameter.detach().clone() for key, parameter in self.parameters.items()}
+        # Moves put new indices in the place of the old ones, which stay what they were.
+        return numbers | {f"{full}.indices": layer.indices for full, layer in self._layers.items()}
 
     @torch.no_grad()
     def set_values(self, values: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`values` gave."""
         for key, parameter in self.parameters.items():
             parameter.copy_(values[key])
+        for full, layer in self._layers.items():
+            layer.indices = values[f"{full}.indices"]
 
     def weights(self, *, changed: bool) -> dict[str, VQWeight]:
         """The matrices as they will be stored; those of the start unless ``changed``."""

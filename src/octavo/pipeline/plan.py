@@ -328,7 +328,7 @@ def sized(
     if not algorithm.counts_all_bits:
         raise UsageError(
             f"--size wants a method that can share bits out; {algorithm.name} has the same whole number for all. Use "
-            "--method auto, universal, vptq or gptvq."
+            "--method auto, universal, vptq, gptvq or jlcm."
         )
     targets = {name: target for i in range(len(model.blocks)) for name, target in model.targets(i).items()}
     if not targets:

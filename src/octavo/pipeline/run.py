@@ -133,7 +133,8 @@ def quantize(
         catch_up: how far, 0 to 1, a matrix aims at the original's outputs on the original's inputs, although it reads
             what the quantized blocks before it pass on. None: the method decides.
         tune_blocks: options of the tuning of every block right after its matrices are quantized, see
-            :class:`octavo.pipeline.block_tune.BlockTuneOptions`; ``{}`` takes its defaults, None leaves it out.
+            :class:`octavo.pipeline.block_tune.BlockTuneOptions`; ``{}`` takes its defaults, None leaves it to the
+            method, most of which do without.
         tune: options of a last stage that tunes the quantized model end to end, see
             :class:`octavo.pipeline.tune.TuneOptions`; ``{}`` takes its defaults on the text of ``calib``, None has no
             such stage.
@@ -149,6 +150,8 @@ def quantize(
     if tune is not None:
         tuning = from_dict(TuneOptions, {"calib": str(calib), "ctx": ctx, "seed": seed, **tune}, "tune")
         tuning.place()
+    if tune_blocks is not None or algorithm.block_tuning is not None:
+        tune_blocks = {**(algorithm.block_tuning or {}), **(tune_blocks or {})}
     block_options = None if tune_blocks is None else from_dict(BlockTuneOptions, tune_blocks, "tune_blocks")
     guided = algorithm.guided if guided is None else guided
     check_guided(guided, sensitivity)
