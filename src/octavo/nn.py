@@ -72,7 +72,11 @@ class VQLinear(nn.Module):
 
         A fresh tensor at every access: changing it does not change the layer.
         """
-        return _LazyMatrix(self)
+        return LazyMatrix(self)
+
+    def dequantize(self) -> Tensor:
+        """The dense matrix [out_features, in_features], float32."""
+        return self.vq_weight().dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply [.., in_features] floats; gives [.., out_features] in the same dtype.
@@ -134,6 +138,17 @@ class VQLinear(nn.Module):
         home = self._buffers["indices"].device  # type: ignore[union-attr]
         rows = self.vq_weight().rows(index.reshape(-1).to(home)).dequantize()
         return rows.to(index.device, self._dense_dtype).view(*index.shape, self.in_features)
+
+    def rows_times(self, index: Tensor, x: Tensor) -> Tensor:
+        """Products [n] float32 of rows, int64 [n], with one input [in_features]; the bias is left out.
+
+        Raises:
+            UsageError: a layout whose rows depend on each other.
+        """
+        kernel = select.registry.get(self._kernel(x.device))
+        if kernel.has_rows(self.layout) and kernel.takes(x):
+            return kernel.rows_times(index, x, self.prepared())
+        return self.vq_weight().rows(index).dequantize() @ x.float()
 
     @torch.no_grad()
     def densify(self, dtype: torch.dtype | None = None) -> nn.Linear:
@@ -217,7 +232,7 @@ def _dense_embedding(matrix: Tensor) -> nn.Embedding:
     return embedding
 
 
-class _LazyMatrix(Tensor):
+class LazyMatrix(Tensor):
     """Knows shape, dtype and device of a VQLinear's matrix for free, and decodes it at the first real operation."""
 
     _layer: VQLinear
@@ -225,9 +240,9 @@ class _LazyMatrix(Tensor):
     _is_hf_initialized = True
 
     @staticmethod
-    def __new__(cls, layer: VQLinear) -> _LazyMatrix:
-        device = layer._buffers["indices"].device  # type: ignore[union-attr]
-        matrix = Tensor._make_wrapper_subclass(cls, layer.layout.shape, dtype=layer._dense_dtype, device=device)  # type: ignore[attr-defined]
+    def __new__(cls, layer: VQLinear) -> LazyMatrix:
+        shape, device = (layer.out_features, layer.in_features), next(layer.buffers()).device
+        matrix = Tensor._make_wrapper_subclass(cls, shape, dtype=layer._dense_dtype, device=device)  # type: ignore[attr-defined]
         matrix._layer = layer
         return matrix
 
@@ -237,6 +252,6 @@ class _LazyMatrix(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def decode(value: Any) -> Any:
-            return value._layer.vq_weight().dequantize().to(value.dtype) if isinstance(value, cls) else value
+            return value._layer.dequantize().to(value.dtype) if isinstance(value, cls) else value
 
         return func(*tree_map(decode, args), **tree_map(decode, kwargs or {}))

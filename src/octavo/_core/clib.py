@@ -23,7 +23,7 @@ from octavo._core.errors import UsageError
 DISABLE, LIBRARY, THREADS = "OCTAVO_NO_CLIB", "OCTAVO_LIBRARY", "OCTAVO_THREADS"
 OK, BAD_ARGUMENT, NO_MEMORY, OUT_OF_RANGE = range(4)
 
-_ABI = 5
+_ABI = 6
 _ISA = {1: "baseline", 2: "AVX2 + FMA", 3: "AVX-512", 4: "AVX-512 VBMI + VNNI"}
 _NAMES = {"win32": "octavo_c.dll", "darwin": "liboctavo_c.dylib"}
 _REMEDY = (
@@ -57,6 +57,7 @@ _SIGNATURES = {
     "octavo_matrix_multiply": (_POINTER, _POINTER, _INT64, _POINTER, _INT32, _INT32),
     "octavo_matrix_has_many": (_POINTER,),
     "octavo_matrix_many": (_POINTER, _POINTER, _INT64, _POINTER, _INT32),
+    "octavo_matrix_rows": (_POINTER, _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _INT32),
     "octavo_matrix_decode": (_POINTER, _INT64, _INT64, _INT32, _POINTER, _INT32),
     "octavo_matrix_transform": (_POINTER, _POINTER, _INT64, _POINTER, _INT32),
     "octavo_session_create": (_POINTER, _INT64, _POINTER),

@@ -5,6 +5,7 @@ transformers has a quantizer of its own for VPTQ, which since version 5 loads no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +18,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from octavo import formats
 from octavo._core.errors import FormatError, ResourceError, UsageError
-from octavo.formats import CONFIG_FILE, CheckpointReader, Quantized, Stored, native
+from octavo.formats import CONFIG_FILE, CheckpointReader, HeadLayout, Quantized, Stored, native
 from octavo.formats.reader import listing
+from octavo.heads import VQHead
 from octavo.kernels import select
 from octavo.layout import Layout
 from octavo.models import quantized
@@ -58,6 +60,7 @@ class OctavoQuantizer(HfQuantizer):
         self._matrices: dict[str, Stored] = {}
         self._stored: frozenset[str] = frozenset()
         self._transposed: set[str] = set()
+        self._head: HeadLayout | None = None
 
     @property
     def is_trainable(self) -> bool:
@@ -85,7 +88,11 @@ class OctavoQuantizer(HfQuantizer):
         else:
             raise UsageError("a VPTQ model is loaded from its folder; without one its layers are not known.")
         self._matrices, self._stored = config.matrices, frozenset(config.tensors())
+        self._head = config.head
+        parts = config.head.matrices if config.head else ()
         for name, matrix in config.matrices.items():
+            if name in parts:
+                continue
             old = _layer_at(model, name, matrix.layout)
             if isinstance(old, Conv1D):
                 self._transposed.add(name)
@@ -97,6 +104,8 @@ class OctavoQuantizer(HfQuantizer):
             if f"{name}.weight" in _tied(model):
                 _tie(model, name, stand_in, set(config.matrices))
             model.set_submodule(name, stand_in)
+        if config.head is not None:
+            _put_head(model, config.head, config.layouts)
         if folder is not None:
             from octavo.models.names import match_names
 
@@ -105,7 +114,7 @@ class OctavoQuantizer(HfQuantizer):
 
     def _become_native(self, model: Any, config: Quantized) -> None:
         """``save_pretrained`` writes what is in memory: layouts and their tensors."""
-        native_config = native.quantization_config(config.layouts, config.method, config.details)
+        native_config = native.quantization_config(config.layouts, config.method, config.details, config.head)
         if native_config != config.raw:
             self.quantization_config = model.config.quantization_config = OctavoConfig(**native_config)
             model.quantization_method = native.QUANT_METHOD
@@ -135,12 +144,21 @@ class OctavoQuantizer(HfQuantizer):
                     # It was given to the module that was there while the model was spread over devices.
                     add_hook_to_module(layer, module._hf_hook)  # type: ignore[arg-type]
                 model.set_submodule(name, layer)
+        if self._head is not None:
+            module = model.get_submodule(self._head.module)
+            lost = [key for key in self._head.tensors() if module.get_buffer(key).device.type == "meta"]
+            if lost:
+                raise FormatError(f"{self._head.module}: {listing(lost)} were not loaded from the checkpoint.")
+            module.validate(self._head.module)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, VQLinear)}
+        kinds = VQLinear | VQHead
+        heads = {name: module for name, module in model.named_modules() if isinstance(module, VQHead)}
+        parts = {part for head in heads.values() for part in head.parts}
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m not in parts}
         tied = {name: module for name, module in model.named_modules() if isinstance(module, TiedEmbedding)}
         for name, layer in layers.items():
-            if layer.indices.device.type == "meta":  # type: ignore[union-attr]
+            if any(buffer.device.type == "meta" for buffer in layer.buffers()):
                 raise ResourceError(f"{name} is offloaded and cannot be decoded there. Load with decode='packed'.")
             dense = layer.densify(dtype)
             model.set_submodule(name, _as_conv1d(dense) if name in self._transposed else dense)
@@ -280,6 +298,30 @@ def _layer_at(model: Any, name: str, layout: Layout) -> nn.Module:
     return old
 
 
+def _put_head(model: Any, layout: HeadLayout, layouts: Mapping[str, Layout]) -> None:
+    """Put a head of several parts in its place; the embedding looks its rows up there if they are tied and it has any.
+
+    Raises:
+        FormatError: the model has another head.
+    """
+    old = model.get_output_embeddings()
+    shape = tuple(getattr(getattr(old, "weight", None), "shape", ()))
+    paths = [path for path, module in model.named_modules() if module is old]
+    if layout.module not in paths or shape != (layout.tokens, layout.width) or getattr(old, "bias", None) is not None:
+        raise FormatError(
+            f"{CONFIG_FILE} wants a head {layout.module} of {layout.tokens} x {layout.width} without bias; "
+            f"{type(model).__name__} has {', '.join(paths) or 'none'} of {list(shape)}."
+        )
+    head = VQHead(layout, {name: layouts[f"{layout.module}.{name}"] for name in layout.parts}, device="meta")
+    if f"{layout.module}.weight" in _tied(model):
+        if layout.parts:
+            _tie(model, layout.module, head, set(layouts))
+        else:
+            # Codewords are no embedding: that stays as it was.
+            model.all_tied_weights_keys = {}
+    model.set_submodule(layout.module, head)
+
+
 def _tied(model: Any) -> set[str]:
     return {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
 
@@ -296,12 +338,14 @@ def _tie(model: Any, name: str, head: nn.Module, quantized: set[str]) -> None:
         raise FormatError(f"{name} and {paths[0]} are quantized, each for itself, but {CONFIG_FILE} ties them.")
     both = {f"{name}.weight", f"{paths[0]}.weight"} if paths else set()
     is_head = model.get_output_embeddings() is model.get_submodule(name)
-    if not is_head or not isinstance(head, VQLinear) or both != _tied(model) or type(embedding) is not nn.Embedding:
+    fits = isinstance(head, VQLinear | VQHead) and type(embedding) is nn.Embedding
+    if not is_head or not fits or both != _tied(model):
         raise FormatError(
             f"{name} is quantized but {CONFIG_FILE} ties it; only an output head may be, and to the embedding alone."
         )
-    if reason := head.layout.why_no_rows():
-        raise FormatError(f"{name} is the embedding as well, whose rows cannot be looked up with {reason}.")
+    for part in head.parts if isinstance(head, VQHead) else [head]:
+        if reason := part.layout.why_no_rows():
+            raise FormatError(f"{name} is the embedding as well, whose rows cannot be looked up with {reason}.")
     model.set_submodule(paths[0], TiedEmbedding(head))
     # There are no two parameters any more that transformers could tie.
     model.all_tied_weights_keys = {}
