@@ -102,7 +102,7 @@ def fit(
         if best is not None:
             # Where classes changed little, so should their codewords.
             codes = torch.where(torch.bincount(assignment, minlength=options.codes).unsqueeze(1) > 0, best.codes, codes)
-        found = _descend(codes, assignment, train, held_out, options.steps)
+        found = descend(codes, assignment, train, held_out, options.steps)
         if best is None or found.kl_after < best.kl_after:
             best = found
     assert best is not None
@@ -161,8 +161,8 @@ def _class_pull(calibration: Calibration, assignment: Tensor, count: int) -> Ten
     return torch.zeros(count, pull.shape[1]).index_add_(0, assignment, pull)
 
 
-def _descend(codes: Tensor, assignment: Tensor, train: Calibration, held_out: Calibration, steps: int) -> Fitted:
-    """Adam on the whole of ``train``; the best step on ``held_out``."""
+def descend(codes: Tensor, assignment: Tensor, train: Calibration, held_out: Calibration, steps: int) -> Fitted:
+    """Adam on the whole of ``train`` for codewords [k, width] and a map [tokens]; the best step on ``held_out``."""
     counts = torch.bincount(assignment, minlength=len(codes))
     problems = [
         (part.states, _class_pull(part, assignment, len(codes)), part.statistics.entropy) for part in (train, held_out)

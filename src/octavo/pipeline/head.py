@@ -131,14 +131,14 @@ def plan_head(model: CausalModel, algorithm: Algorithm, options: HeadOptions) ->
     if options.bits is None:
         return HeadPlan({}, HeadLayout(ends.head, tokens, width, (), codes))
     for name, each in ends.targets.items():
-        layouts[name] = _layout(base, each.shape, each.bias, options.bits)
+        layouts[name] = row_layout(base, each.shape, each.bias, options.bits)
     parts: dict[str, Layout] = {}
     if options.classes and options.bits in ROW_CLASSES and not target.bias:
         low, high = ROW_CLASSES[options.bits]
         frequent = int(tokens * (options.bits - low) / (high - low))
         if frequent:
             sizes = zip(CLASSES, (frequent, tokens - frequent), (high, low), strict=True)
-            parts = {name: _layout(base, (rows, width), False, bits) for name, rows, bits in sizes}
+            parts = {name: row_layout(base, (rows, width), False, bits) for name, rows, bits in sizes}
     if codes and not parts:
         parts = {WHOLE[0]: layouts[ends.head]}
     if not parts:
@@ -148,7 +148,12 @@ def plan_head(model: CausalModel, algorithm: Algorithm, options: HeadOptions) ->
     return HeadPlan(layouts, HeadLayout(ends.head, tokens, width, tuple(parts), codes))
 
 
-def _layout(base: Universal, shape: tuple[int, int], bias: bool, bits: float) -> Layout:
+def row_layout(base: Universal, shape: tuple[int, int], bias: bool, bits: float) -> Layout:
+    """The layout of a matrix at the ends with codes of ``bits`` bits per weight.
+
+    Raises:
+        UsageError: no codebook has so many.
+    """
     choices = [*base.candidates(shape, bias), *replace(base, codebook=_FINE).candidates(shape, bias)]
     found = {layout.nominal_bits: layout for layout in choices}
     if bits not in found:
