@@ -82,7 +82,7 @@ def coded_heads(head: Tensor, states: Tensor, rates: set[float], cache: Path | N
     for window in states:
         accumulator.add(window)
     for rate in sorted(rates):
-        if str(rate) in stored:
+        if f"{rate:g}" in stored:
             continue
         weight = base.quantize(
             head.float(),
@@ -91,11 +91,11 @@ def coded_heads(head: Tensor, states: Tensor, rates: set[float], cache: Path | N
             generator=generator(0, base.stream("head", shape)),
             name="head",
         )
-        stored[str(rate)] = weight.dequantize().to(torch.bfloat16)
+        stored[f"{rate:g}"] = weight.dequantize().to(torch.bfloat16)
         print(f"coded at {rate:g} bits", flush=True)
     if file is not None:
         save_file(stored, file)
-    return {rate: stored[str(rate)] for rate in rates}
+    return {rate: stored[f"{rate:g}"] for rate in rates}
 
 
 def bare(layout: HeadLayout, parts: dict[str, Layout], **buffers: Tensor) -> VQHead:
@@ -314,12 +314,12 @@ def main() -> None:
     coded = coded_heads(head, data["cal"], rates, arguments.cache) if rates else {}
     rows = [row for bits in arguments.bits for row in quantized(head, coded, order, bits)]
     scorer = rows[-1] if rows else Row("bfloat16 rows", 2.0 * head.numel(), lambda x: x @ head.T)
+    middle = sorted(arguments.codes)[len(arguments.codes) // 2] if arguments.codes else 0
     for count in arguments.codes:
         options = VQLogits(codes=count, steps=arguments.steps)
-        rows += codewords(head, train, held_out, options, scorer, arguments.candidates)
+        rows += codewords(head, train, held_out, options, scorer, arguments.candidates if count == middle else [])
         print(f"fitted {count} codewords", flush=True)
-    if arguments.codes:
-        middle = sorted(arguments.codes)[len(arguments.codes) // 2]
+    if middle:
         for start, steps in (("kmeans", 0), ("frequency", arguments.steps), ("random", arguments.steps)):
             options = VQLogits(codes=middle, start=start, steps=steps)  # type: ignore[arg-type]
             rows += codewords(head, train, held_out, options, None, [])

@@ -34,7 +34,7 @@ _FINE = "gaussian-v4-k256-256-256"
 TIED_SHARE = 0.1
 #: Bits of all rows -> those of the rare and of the frequent tokens' rows. The share of the frequent ones follows. Bits
 #: that miss here have nothing below or above them.
-ROW_CLASSES = {1.5: (1.0, 3.5), 2.0: (1.5, 4.0), 2.5: (2.0, 4.0), 3.0: (2.5, 6.0), 3.5: (3.0, 6.0), 4.0: (3.5, 6.0)}
+ROW_CLASSES = {1.5: (1.0, 3.5), 2.0: (1.5, 4.0), 2.5: (2.0, 4.0), 3.0: (2.5, 6.0), 3.5: (3.0, 6.0), 4.0: (3.0, 6.0)}
 #: One calibration window of so many is held out, to say when codewords are fitted well enough.
 _HELD_OUT = 8
 
