@@ -17,6 +17,8 @@ from octavo.nn import LazyMatrix, VQLinear
 
 #: Up to so many inputs at a time, candidates are scored one by one; beyond, a product with all rows is faster.
 _FEW = 4
+#: Codewords whose tokens are scored together in search of the certified largest logits.
+_VISITED = 16
 
 
 class VQHead(nn.Module):
@@ -152,6 +154,35 @@ class VQHead(nn.Module):
             logits[mine] = part.rows_times(place[mine] - start, x)
         return logits
 
+    def top_tokens(self, x: Tensor, k: int) -> tuple[Tensor, Tensor, int]:
+        """The k tokens with the largest logits by their rows, for one state [width]: certified, whatever that takes.
+
+        |h . (w - c)| <= |h| r for a row w of codeword c, r being the largest |w - c| of its tokens. Codewords are
+        visited by falling c . h + |h| r until that is below the k-th logit found.
+
+        Returns:
+            Tokens [k] int64 and their logits [k] float32, falling, and how many tokens were scored.
+
+        Raises:
+            UsageError: a head without codewords or without rows, or fewer than k tokens.
+        """
+        if not self.layout.codes or not self.layout.parts or not 1 <= k <= self.out_features:
+            raise UsageError(f"top_tokens wants codewords, rows and k in 1..{self.out_features}, got k = {k}.")
+        places, x = self._places(), x.float()
+        bounds = self._by_codes(x) + x.norm() * places.radii(self)
+        order = bounds.where(places.sizes > 0, -torch.inf).argsort(descending=True)
+        tokens, logits = torch.empty(0, dtype=torch.int64), torch.empty(0)
+        best, scored = tokens, 0
+        for some in order.split(_VISITED):
+            if len(best) == k and float(logits.min()) >= float(bounds[some[0]]):
+                break
+            fresh = places.members(some)
+            scored += len(fresh)
+            tokens, values = torch.cat([best, fresh]), torch.cat([logits, self.rows_times(fresh, x)])
+            logits, which = values.topk(min(k, len(values)))
+            best = tokens[which]
+        return best, logits, scored
+
     # ---------------------------------------------------------------- rows
 
     @property
@@ -230,6 +261,7 @@ class _Places:
         tokens = torch.arange(layout.tokens)
         self.rows, self.codes, self.sizes = tokens, tokens, tokens
         self._table: Tensor | None = None
+        self._radii: Tensor | None = None
         if layout.parts == CLASSES:
             frequent = unpack(head._buffer("classes"), 1, layout.tokens)[0].bool()
             self.rows = torch.where(frequent, frequent.cumsum(0) - 1, int(frequent.sum()) - 1 + (~frequent).cumsum(0))
@@ -239,6 +271,14 @@ class _Places:
             self._sorted = self.codes.argsort(stable=True)
             self._starts = self.sizes.cumsum(0) - self.sizes
         self.rows = self.rows.to(self.codes.device)
+
+    def radii(self, head: VQHead) -> Tensor:
+        """The largest distance of a token's row from its codeword, [codes] float32; decodes all rows once."""
+        if self._radii is None:
+            distances = (head.dequantize() - head._buffer("codes").float()[self.codes]).norm(dim=1)
+            # A little more than float rounding may take away.
+            self._radii = torch.zeros(len(self.sizes)).scatter_reduce_(0, self.codes, distances, "amax") * 1.001
+        return self._radii
 
     def table(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """The codewords in the dtype of the states, converted once."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -27,6 +28,7 @@ from octavo.pipeline.convert import convert
 from octavo.pipeline.run import quantize
 from octavo.pipeline.tune import tune
 from octavo.runtime.decoder import NativeDecoder, why_not
+from oracle import logits as oracle
 
 Tiny = Callable[[str], Path]
 TIED, APART = "llama", "qwen2"
@@ -132,6 +134,24 @@ def test_candidates_have_their_rows_logits_and_others_their_codewords(made: tupl
             torch.testing.assert_close(found[~inside], scores[head.token_codes[~inside]])
     set_candidates(model, head.out_features)
     assert torch.equal(head(states), exact)
+
+
+def test_the_certified_top_tokens_are_those_of_all_rows(made: tuple[str, Any]) -> None:
+    _, (kind, folder) = made
+    head = load(folder, dtype=torch.float32, decode="packed")[0].lm_head
+    state = torch.randn(head.in_features, generator=torch.Generator().manual_seed(1))
+    if kind not in ("both", "whole"):
+        with pytest.raises(UsageError, match="top_tokens wants codewords, rows"):
+            head.top_tokens(state, 3)
+        return
+    logits = (head.dequantize().double() @ state.double()).numpy()
+    for k in (1, 5, head.out_features):
+        tokens, values, scored = head.top_tokens(state, k)
+        assert tokens.tolist() == oracle.top(logits, k)
+        np.testing.assert_allclose(values.numpy(), logits[tokens.numpy()], rtol=1e-3, atol=1e-4)
+        assert k <= scored <= head.out_features
+    with pytest.raises(UsageError, match="got k = 0"):
+        head.top_tokens(state, 0)
 
 
 @pytest.mark.skipif(clib.library() is None, reason=f"no C++ library: {clib.why_missing()}")
