@@ -3,8 +3,9 @@
     python benchmarks/quality/head.py QUANTIZED ORIGINAL --bits 2 3 4 6 --calib FILES --text FILE [--out RESULT.json]
 
 QUANTIZED has head and embedding as they came. They are replaced, in memory, by what ``octavo quantize --head-bits B
---head-set classes=false`` makes of them, from the states that the quantized blocks put out for the calibration windows; every row is measured on
-the same tokens against the original. ``--separately`` has rows for head alone and embedding alone as well.
+--head-set classes=false`` makes of them, from the states that the quantized blocks put out for the calibration windows;
+every row is measured on the same tokens against the original. ``--separately`` has rows for head alone and embedding
+alone as well.
 """
 
 from __future__ import annotations
