@@ -177,8 +177,8 @@ def test_the_frequent_rows_are_those_of_the_classes(made: tuple[str, Any], tiny_
     assert int(frequent.sum()) == config.layouts["lm_head.frequent"].shape[0]
     original = AutoModelForCausalLM.from_pretrained(tiny_model(family), dtype=torch.float32).lm_head.weight.detach()
     lost = (head.dequantize() - original).square().sum(1) / original.square().sum(1)
-    # 6 bits against 3.5.
-    assert float(lost[frequent].mean()) < 0.1 * float(lost[~frequent].mean())
+    # 6 bits against 3; codes are chosen by what logits lose, not by this.
+    assert float(lost[frequent].mean()) < 0.3 * float(lost[~frequent].mean())
 
 
 def test_the_plan_is_what_comes_out(made: tuple[str, Any], tiny_model: Tiny) -> None:
