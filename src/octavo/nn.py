@@ -197,7 +197,7 @@ class TiedEmbedding(nn.Module):
     """The embedding of a model whose output head has the same matrix: looks rows of the head up, stores nothing.
 
     Args:
-        head: the layer that owns the matrix.
+        head: the layer that owns the matrix, or another module with its ``rows`` and ``weight``.
     """
 
     def __init__(self, head: VQLinear) -> None:

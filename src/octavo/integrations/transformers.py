@@ -338,15 +338,15 @@ def _tie(model: Any, name: str, head: nn.Module, quantized: set[str]) -> None:
         raise FormatError(f"{name} and {paths[0]} are quantized, each for itself, but {CONFIG_FILE} ties them.")
     both = {f"{name}.weight", f"{paths[0]}.weight"} if paths else set()
     is_head = model.get_output_embeddings() is model.get_submodule(name)
-    fits = isinstance(head, VQLinear | VQHead) and type(embedding) is nn.Embedding
-    if not is_head or not fits or both != _tied(model):
+    fits = is_head and both == _tied(model) and type(embedding) is nn.Embedding
+    if not fits or not isinstance(head, VQLinear | VQHead):
         raise FormatError(
             f"{name} is quantized but {CONFIG_FILE} ties it; only an output head may be, and to the embedding alone."
         )
     for part in head.parts if isinstance(head, VQHead) else [head]:
         if reason := part.layout.why_no_rows():
             raise FormatError(f"{name} is the embedding as well, whose rows cannot be looked up with {reason}.")
-    model.set_submodule(paths[0], TiedEmbedding(head))
+    model.set_submodule(paths[0], TiedEmbedding(head))  # type: ignore[arg-type]
     # There are no two parameters any more that transformers could tie.
     model.all_tied_weights_keys = {}
 
