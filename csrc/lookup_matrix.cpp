@@ -34,6 +34,7 @@ class LookUpMatrix : public Matrix {
     std::vector<int16_t> integers[kMaxMatrixStages];
     PromptBook prompt_book;
     std::vector<int64_t> chunk_starts, chunk_block;
+    int bits[kMaxMatrixStages] = {};  // of the codes as they were passed
     Bytes codes;
     std::vector<float> scales;  // [blocks][rows]
 
@@ -90,6 +91,9 @@ class LookUpMatrix : public Matrix {
 
     bool has_rows() const override { return true; }
     void row(int64_t r, float* to) const override;
+    bool has_row_products() const override { return look_up.blocks == 1; }
+    void row_products(const uint32_t* indices, const int64_t* which, int64_t n, const float* x, int threads,
+                      float* y) const override;
 
     void decode(int64_t first, int64_t last, bool bfloat16, void* to, int threads) const override {
         const LookUp& l = look_up;
@@ -136,6 +140,45 @@ void LookUpMatrix::row(int64_t r, float* to) const {
     for (int64_t i = 0; i < in; ++i) to[i] = signs[i] < 0.0f ? -to[i] : to[i];
     ops_for(best_isa()).transform(to, signs.data(), in, transform, to);
     for (int64_t i = 0; i < in; ++i) to[i] = signs[i] < 0.0f ? -to[i] : to[i];
+}
+
+void LookUpMatrix::row_products(const uint32_t* indices, const int64_t* which, int64_t n, const float* x, int threads,
+                                float* y) const {
+    const LookUp& l = look_up;
+    std::vector<float> prepared(static_cast<size_t>(l.padded_in));
+    prepare(x, prepared.data());
+    // [positions][stages][kTable]: what a code of a stage adds.
+    std::vector<float> tables(static_cast<size_t>(l.positions * l.stages * kTable), 0.0f);
+    parallel_for(l.positions, 32, threads, [&](int64_t first, int64_t last) {
+        for (int64_t p = first; p < last; ++p) {
+            for (int s = 0; s < l.stages; ++s) {
+                float* table = tables.data() + (p * l.stages + s) * kTable;
+                for (int j = 0; j < l.v; ++j) {
+                    const float element = prepared[p * l.v + j];
+                    const float* book = l.stage[s].book + j * kTable;
+                    for (int64_t c = 0; c < l.stage[s].entries; ++c) table[c] += element * book[c];
+                }
+            }
+        }
+    });
+    int code_bits = 0;
+    for (int s = 0; s < l.stages; ++s) code_bits += bits[s];
+    const int64_t words = (l.positions * code_bits + 31) / 32;
+    parallel_for(n, 64, threads, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+            const uint32_t* row = indices + which[i] * words;
+            const float* table = tables.data();
+            float sum = 0.0f;
+            for (int64_t p = 0; p < l.positions; ++p) {
+                uint64_t code = read_bits(row, p * code_bits, code_bits);
+                for (int s = 0; s < l.stages; ++s, table += kTable) {
+                    sum += table[code & ((1u << bits[s]) - 1)];
+                    code >>= bits[s];
+                }
+            }
+            y[i] = sum * scales[which[i]];
+        }
+    });
 }
 
 // Puts the codes of a tile, which stand row by row in a file, in their places. `bits` are the file's.
@@ -284,6 +327,7 @@ extern "C" int octavo_lookup_create(int64_t out, int64_t in, int32_t v, int32_t 
         l.rows = l.tiles * kRows;
         for (int s = 0; s < stages; ++s) {
             LookUpStage& stage = l.stage[s];
+            m.bits[s] = bits[s];
             stage.entries = int64_t{1} << bits[s];
             stage.bits = bits[s] <= 4 ? 4 : bits[s] <= 6 ? 6 : 8;
             l.tile_bytes += code_bytes(stage.bits);

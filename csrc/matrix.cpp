@@ -139,6 +139,20 @@ int octavo_matrix_many(const void* matrix, const float* x, int64_t n, float* y, 
     return OCTAVO_OK;
 }
 
+int octavo_matrix_rows(const void* matrix, const uint32_t* indices, const int64_t* rows, int64_t n, const float* x,
+                       float* y, int32_t threads) {
+    const Matrix& m = *static_cast<const Matrix*>(matrix);
+    if (!m.has_row_products() || n < 0 || threads < 1) return OCTAVO_BAD_ARGUMENT;
+    for (int64_t i = 0; i < n; ++i)
+        if (rows[i] < 0 || rows[i] >= m.out) return OCTAVO_OUT_OF_RANGE;
+    try {
+        m.row_products(indices, rows, n, x, threads, y);
+    } catch (const std::bad_alloc&) {
+        return OCTAVO_NO_MEMORY;
+    }
+    return OCTAVO_OK;
+}
+
 int octavo_matrix_decode(const void* matrix, int64_t first, int64_t last, int32_t bfloat16, void* weights,
                          int32_t threads) {
     const Matrix& m = *static_cast<const Matrix*>(matrix);

@@ -77,6 +77,10 @@ class Matrix {
     // Whether single rows can be decoded, transforms undone: to [in].
     virtual bool has_rows() const { return false; }
     virtual void row(int64_t, float*) const {}
+    // Products, without bias, of n rows `which` with one x [in], from `indices` as they were passed to create: those
+    // stand row by row, as single rows are wanted.
+    virtual bool has_row_products() const { return false; }
+    virtual void row_products(const uint32_t*, const int64_t*, int64_t, const float*, int, float*) const {}
 
     // Signs and Hadamard transform of x [in].
     void rotate(const float* x, float* to) const;

@@ -145,6 +145,12 @@ OCTAVO_API int octavo_matrix_multiply(const void* matrix, const float* x, int64_
 OCTAVO_API int octavo_matrix_has_many(const void* matrix);
 OCTAVO_API int octavo_matrix_many(const void* matrix, const float* x, int64_t n, float* y, int32_t threads);
 
+/* y[i] = row rows[i] of W times x [in], without bias, for n rows; only of matrices of octavo_lookup_create with one scale
+ * along a row, whose `indices` are passed again.
+ */
+OCTAVO_API int octavo_matrix_rows(const void* matrix, const uint32_t* indices, const int64_t* rows, int64_t n,
+                                  const float* x, float* y, int32_t threads);
+
 /* Rows [first, last) of W without the transform, as float32 or as bfloat16, [last - first][in]; first is a multiple of
  * 64. W x = decoded * transformed, with octavo_matrix_transform for the latter.
  */
@@ -181,7 +187,11 @@ typedef struct {
     const octavo_block* block; /* [blocks] */
     const float* final_norm;   /* [hidden] */
     octavo_linear embedding;   /* [vocabulary][hidden], dense or of octavo_lookup_create; may be the head's matrix */
-    octavo_linear head;
+    /* With `places` [vocabulary] the row of a token is number places[token] of both matrices, one after the other;
+     * without, `others` has nothing. */
+    octavo_linear others;
+    const int64_t* places;
+    octavo_linear head; /* with out = 0 a run puts out what the head would read [hidden], without the cap */
     float epsilon, attention_scale;
     float attention_cap, logit_cap; /* x becomes cap tanh(x / cap), unless the cap is 0 */
     float embedding_factor;

@@ -160,6 +160,10 @@ class Run {
         if (logits_ == nullptr) return;
         const float* last = h.data() + (columns_ - 1) * hidden;
         ops_.rms_norm(last, d_.final_norm, hidden, d_.epsilon, x.data());
+        if (d_.head.out == 0) {
+            if (rank == 0) std::copy(x.data(), x.data() + hidden, logits_);
+            return;
+        }
         linear({{&d_.head, logits_}}, x.data(), rank, team, 1);
         if (d_.logit_cap == 0.0f) return;
         int64_t first, end;
@@ -169,8 +173,11 @@ class Run {
 
   private:
     void embed(int64_t token, float* h) const {
-        if (d_.embedding.matrix != nullptr) {
-            quantized(d_.embedding)->row(token, h);
+        const int64_t place = d_.places == nullptr ? token : d_.places[token];
+        if (place >= d_.embedding.out) {
+            quantized(d_.others)->row(place - d_.embedding.out, h);
+        } else if (d_.embedding.matrix != nullptr) {
+            quantized(d_.embedding)->row(place, h);
         } else {
             for (int64_t i = 0; i < d_.hidden; ++i) {
                 const int64_t at = token * d_.hidden + i;
@@ -357,6 +364,13 @@ bool complete(const octavo_decoder& d) {
     if (d.head_width < 2 || d.head_width % 2 != 0 || d.intermediate < 1 || d.vocabulary < 1) return false;
     if (d.final_norm == nullptr || d.block == nullptr) return false;
     if (d.embedding.matrix != nullptr && !quantized(d.embedding)->has_rows()) return false;
+    if (d.places != nullptr) {
+        const int64_t rest = d.vocabulary - d.embedding.out;
+        if (d.embedding.matrix == nullptr || d.others.matrix == nullptr || !quantized(d.others)->has_rows()) return false;
+        if (!fits(d.others, rest, d.hidden)) return false;
+        for (int64_t i = 0; i < d.vocabulary; ++i)
+            if (d.places[i] < 0 || d.places[i] >= d.vocabulary) return false;
+    }
     const int64_t wide = d.heads * d.head_width, narrow = d.key_heads * d.head_width;
     for (int64_t b = 0; b < d.blocks; ++b) {
         const octavo_block& block = d.block[b];
@@ -366,7 +380,8 @@ bool complete(const octavo_decoder& d) {
         if (!fits(block.gate, d.intermediate, d.hidden) || !fits(block.up, d.intermediate, d.hidden)) return false;
         if (!fits(block.down, d.hidden, d.intermediate)) return false;
     }
-    return fits(d.head, d.vocabulary, d.hidden) && fits(d.embedding, d.vocabulary, d.hidden);
+    const bool head = d.head.out == 0 || fits(d.head, d.vocabulary, d.hidden);
+    return head && fits(d.embedding, d.places == nullptr ? d.vocabulary : d.embedding.out, d.hidden);
 }
 
 }  // namespace

@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 
 from octavo._core.errors import UsageError
-from octavo.kernels import reference
-from octavo.weight import VQWeight
 
 
 class Layer(Protocol):
-    """What the operators want of a :class:`octavo.nn.VQLinear`."""
+    """What the operators want of a :class:`octavo.nn.VQLinear` or a :class:`octavo.heads.VQHead`."""
 
     def multiply(self, x: Tensor) -> Tensor: ...
+    def multiply_decoded(self, x: Tensor) -> Tensor: ...
     def decoded_rows(self, index: Tensor, dtype: torch.dtype) -> Tensor: ...
     def prepared(self) -> Any: ...
-    def vq_weight(self) -> VQWeight: ...
+    def dequantize(self) -> Tensor: ...
 
 
 #: Both for as long as somebody holds the layer: operators take tensors and numbers alone.
@@ -55,9 +54,9 @@ def _layer(number: int) -> Layer:
 
 @torch.library.custom_op("octavo::linear", mutates_args=())
 def linear(x: Tensor, layer: int, rows: int, differentiable: bool) -> Tensor:
-    """W x + bias for ``x`` [.., in_features]: [.., rows] in its dtype, by the reference if it is ``differentiable``."""
+    """W x + bias for ``x`` [.., in_features]: [.., rows] in its dtype, in plain torch if it is ``differentiable``."""
     found = _layer(layer)
-    y = reference.linear(x, found.vq_weight()) if differentiable else found.multiply(x)
+    y = found.multiply_decoded(x) if differentiable else found.multiply(x)
     return y.contiguous()
 
 
@@ -69,7 +68,7 @@ def _(x: Tensor, layer: int, rows: int, differentiable: bool) -> Tensor:
 @torch.library.custom_op("octavo::linear_backward", mutates_args=())
 def linear_backward(gradient: Tensor, layer: int, columns: int) -> Tensor:
     """``gradient @ W`` for the gradient [.., out_features] of what :func:`linear` gave: [.., columns]."""
-    return (gradient @ _layer(layer).vq_weight().dequantize().to(gradient.dtype)).contiguous()
+    return (gradient @ _layer(layer).dequantize().to(gradient.dtype)).contiguous()
 
 
 @linear_backward.register_fake

@@ -86,7 +86,11 @@ class VQLinear(nn.Module):
 
         A fresh tensor at every access: changing it does not change the layer.
         """
-        return _LazyMatrix(self)
+        return LazyMatrix(self)
+
+    def dequantize(self) -> Tensor:
+        """The dense matrix [out_features, in_features], float32."""
+        return self.vq_weight().dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply [.., in_features] floats; gives [.., out_features] in the same dtype.
@@ -102,7 +106,7 @@ class VQLinear(nn.Module):
         if x.device != home:
             raise UsageError(f"VQLinear: its tensors are on {home}, the input is on {x.device}. Move both together.")
         if torch.compiler.is_exporting():
-            return reference.linear(x, self.vq_weight())  # A program on its own: it takes the tensors, not the layer.
+            return self.multiply_decoded(x)  # A program on its own: it takes the tensors, not the layer.
         if torch.compiler.is_compiling():
             from octavo import compiled
 
@@ -116,11 +120,15 @@ class VQLinear(nn.Module):
         name = self._kernel(x.device)
         kernel = select.registry.get(name)
         if not kernel.takes(x):
-            return reference.linear(x, self.vq_weight())
+            return self.multiply_decoded(x)
         if kernel.slow and not os.environ.get(select.ENVIRONMENT):
             lacking = [f" The kernel {k}: {why}" for k, why in select.remedies(name, self.layout, x.device).items()]
             _warn_once(kernel.slow + "".join(lacking))
         return kernel.linear(x, self.prepared())
+
+    def multiply_decoded(self, x: Tensor) -> Tensor:
+        """:meth:`multiply` in plain torch, through which gradients pass."""
+        return reference.linear(x, self.vq_weight())
 
     def _kernel(self, device: torch.device) -> str:
         """The name of the kernel that runs here; asked again only if the device or the user's choice changes."""
@@ -175,6 +183,17 @@ class VQLinear(nn.Module):
         rows = self.vq_weight().rows(index.reshape(-1).to(home)).dequantize()
         return rows.to(index.device, dtype).view(*index.shape, self.in_features)
 
+    def rows_times(self, index: Tensor, x: Tensor) -> Tensor:
+        """Products [n] float32 of rows, int64 [n], with one input [in_features]; the bias is left out.
+
+        Raises:
+            UsageError: a layout whose rows depend on each other.
+        """
+        kernel = select.registry.get(self._kernel(x.device))
+        if kernel.has_rows(self.layout) and kernel.takes(x):
+            return kernel.rows_times(index, x, self.prepared())
+        return self.vq_weight().rows(index).dequantize() @ x.float()
+
     @torch.no_grad()
     def densify(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """An ordinary linear layer: the matrix decoded in float32, rounded once to ``dtype`` (default float32)."""
@@ -215,14 +234,14 @@ class VQEmbedding(VQLinear):
     @torch.no_grad()
     def densify(self, dtype: torch.dtype | None = None) -> nn.Embedding:  # type: ignore[override]
         """An ordinary embedding: the matrix decoded in float32, rounded once to ``dtype`` (default float32)."""
-        return _dense_embedding(self.vq_weight().dequantize().to(dtype or torch.float32)).train(self.training)
+        return _dense_embedding(self.dequantize().to(dtype or torch.float32)).train(self.training)
 
 
 class TiedEmbedding(nn.Module):
     """The embedding of a model whose output head has the same matrix: looks rows of the head up, stores nothing.
 
     Args:
-        head: the layer that owns the matrix.
+        head: the layer that owns the matrix, or another module with its ``rows`` and ``weight``.
     """
 
     def __init__(self, head: VQLinear) -> None:
@@ -257,7 +276,7 @@ def _dense_embedding(matrix: Tensor) -> nn.Embedding:
     return embedding
 
 
-class _LazyMatrix(Tensor):
+class LazyMatrix(Tensor):
     """Knows shape, dtype and device of a VQLinear's matrix for free, and decodes it at the first real operation."""
 
     _layer: VQLinear
@@ -265,9 +284,9 @@ class _LazyMatrix(Tensor):
     _is_hf_initialized = True
 
     @staticmethod
-    def __new__(cls, layer: VQLinear) -> _LazyMatrix:
-        device = layer._buffers["indices"].device  # type: ignore[union-attr]
-        matrix = Tensor._make_wrapper_subclass(cls, layer.layout.shape, dtype=layer._dense_dtype, device=device)  # type: ignore[attr-defined]
+    def __new__(cls, layer: VQLinear) -> LazyMatrix:
+        shape, device = (layer.out_features, layer.in_features), next(layer.buffers()).device
+        matrix = Tensor._make_wrapper_subclass(cls, shape, dtype=layer._dense_dtype, device=device)  # type: ignore[attr-defined]
         matrix._layer = layer
         return matrix
 
@@ -277,6 +296,6 @@ class _LazyMatrix(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def decode(value: Any) -> Any:
-            return value._layer.vq_weight().dequantize().to(value.dtype) if isinstance(value, cls) else value
+            return value._layer.dequantize().to(value.dtype) if isinstance(value, cls) else value
 
         return func(*tree_map(decode, args), **tree_map(decode, kwargs or {}))

@@ -18,6 +18,7 @@ from torch.nn import functional
 from formats.strategies import layouts, random_weight
 from octavo import codebooks
 from octavo._core import clib
+from octavo._core.errors import UsageError
 from octavo.kernels import _packed, lookup, select
 from octavo.kernels.lookup import pack
 from octavo.layout import BlockScale, Layout, Transform
@@ -307,3 +308,22 @@ def test_a_traced_layer_is_the_reference(layer: VQLinear) -> None:
 
     with FakeTensorMode():
         assert VQLinear(layer.layout)(torch.randn(2, 64)).shape == (2, 70)
+
+
+@pytest.mark.parametrize("name", ["gaussian-v8-k256-16", "gaussian-v8-k256-256", "gaussian-v4-k256-256-256"])
+def test_single_rows_times_one_input_are_those_of_the_matrix(name: str) -> None:
+    """Repeated rows too, without the bias; a row that is not there is refused, and the torch path says the same."""
+    layout = universal_layout(name, (150, 128), bias=True)
+    weight = random_weight(layout, 3)
+    x, index = torch.randn(128, generator=torch.Generator().manual_seed(0)), torch.tensor([149, 0, 7, 7, 64])
+    wanted = weight.dequantize(torch.float64)[index] @ x.double()
+    packed = pack(weight)
+    for threads in (1, 3):
+        assert error(packed.rows_times(index, x, threads), wanted) < LIMIT
+    assert packed.rows_times(index[:0], x).shape == (0,)
+    with pytest.raises(UsageError, match=r"0\.\.149"):
+        packed.rows_times(torch.tensor([150]), x)
+    layer = VQLinear.from_weight(weight)
+    assert error(layer.rows_times(index, x), wanted) < LIMIT
+    # Inputs with a gradient are not the library's.
+    assert error(layer.rows_times(index, x.requires_grad_()).detach(), wanted) < LIMIT

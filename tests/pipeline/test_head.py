@@ -1,4 +1,4 @@
-"""Quantized output heads and embeddings: what is written is what every way of running it computes."""
+"""Heads and embeddings that are one quantized matrix: what is written is what every way of running it computes."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ from octavo.weight import VQWeight
 Tiny = Callable[[str], Path]
 TIED, APART = "llama", "qwen2"
 FAST: dict[str, Any] = {"bits": 3.3, "samples": 2, "ctx": 32, "guided": "none", "options": {"beam": 4, "sweeps": 0}}
+#: Heads of one matrix; tests/pipeline/test_head_parts.py has the others.
+FAST |= {"head_settings": {"classes": False}}
 IDS = torch.arange(3, 43).reshape(2, 20)
 
 
@@ -145,7 +147,7 @@ def test_every_method_can_have_a_quantized_head(tiny_model: Tiny, tmp_path: Path
     options = {k: v for k, v in FAST.items() if k not in ("bits", "options")}
     report = quantize(tiny_model(TIED), tmp_path / "out", method=method, bits=4, head_bits=4, **options)
     assert report.matrices[-1].module == "lm_head"
-    assert (report.matrices[-1].error is None) == (method == "rtn")
+    assert report.matrices[-1].error is not None
     assert formats.check(tmp_path / "out").layouts["lm_head"].codebook_dtype == "universal"
 
 

@@ -57,6 +57,7 @@ _SIGNATURES = {
     "octavo_matrix_multiply": (_POINTER, _POINTER, _INT64, _POINTER, _INT32, _INT32),
     "octavo_matrix_has_many": (_POINTER,),
     "octavo_matrix_many": (_POINTER, _POINTER, _INT64, _POINTER, _INT32),
+    "octavo_matrix_rows": (_POINTER, _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _INT32),
     "octavo_matrix_decode": (_POINTER, _INT64, _INT64, _INT32, _POINTER, _INT32),
     "octavo_matrix_transform": (_POINTER, _POINTER, _INT64, _POINTER, _INT32),
     "octavo_session_create": (_POINTER, _INT64, _INT32, _POINTER),

@@ -40,6 +40,13 @@ class Sensitivity(StrEnum):
     noise = "noise"
 
 
+class Head(StrEnum):
+    """What the output head becomes."""
+
+    vq = "vq"
+    vq_logits = "vq-logits"
+
+
 class BadHessian(StrEnum):
     """What to do with a matrix whose calibration statistics are unusable."""
 
@@ -77,6 +84,41 @@ HeadBits = Annotated[
         "--head-bits",
         help="Quantize output head and embedding too, with codes of so many bits: 1, 1.5, 2, 2.5, 3, 3.5, 4 or 6.",
         show_default="as they are",
+    ),
+]
+HeadOption = Annotated[
+    Head | None,
+    typer.Option(
+        "--head",
+        help="Output head: quantized rows (vq, which --head-bits means alone), or codewords that tokens share "
+        "(vq-logits).",
+        show_default="as it is",
+    ),
+]
+HeadCodes = Annotated[
+    int | None,
+    typer.Option(
+        "--head-codes",
+        min=2,
+        help="Codewords of --head vq-logits, or beside the rows of --head-bits, to choose candidates by.",
+        show_default="2048 for vq-logits",
+    ),
+]
+HeadSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--head-set",
+        metavar="KEY=VALUE",
+        help="An option of the head: classes, start (kmeans, frequency, random), steps, maps; repeatable.",
+    ),
+]
+HeadCandidates = Annotated[
+    int | None,
+    typer.Option(
+        "--head-candidates",
+        min=0,
+        help="Score so many tokens by their rows and the rest by codewords; for a head with both.",
+        show_default="all tokens by their rows",
     ),
 ]
 GuidedOption = Annotated[

@@ -41,6 +41,7 @@ def command(
         float, typer.Option("--repetition-penalty", min=1.0, help="Above 1, tokens that were said become less likely.")
     ] = 1.05,
     seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    head_candidates: options.HeadCandidates = None,
     dtype: DtypeOption = None,
     decode: options.DecodeOption = options.Decode.auto,
     kv_cache: options.KvCacheOption = options.KvCache.int8,
@@ -55,12 +56,14 @@ def command(
     Models without a chat template continue the text that they are given.
     """
     with Output(as_json, quiet) as output:
+        from octavo.heads import set_candidates
         from octavo.integrations.api import placement
         from octavo.integrations.transformers import load
 
         use_threads(threads)
         quiet_libraries()
         loaded, tokenizer = load(model, *placement(device, dtype), decode.value, trust_remote_code=trust_remote_code)
+        set_candidates(loaded, head_candidates or 0)
         sampling = (temperature, top_p, repetition_penalty, seed)
         talk = Conversation(loaded, tokenizer, system, max_new_tokens, *sampling, kv_cache.value)
         if prompt is None:

@@ -31,6 +31,7 @@ def command(
     lm_eval: options.Harness = None,
     max_tokens: options.MaxTokens = None,
     batch_tokens: options.BatchTokens = 4096,
+    head_candidates: options.HeadCandidates = None,
     dtype: DtypeOption = None,
     decode: options.DecodeOption = options.Decode.auto,
     device: DeviceOption = None,
@@ -61,6 +62,7 @@ def command(
             device=device,
             threads=threads,
             batch_tokens=batch_tokens,
+            head_candidates=head_candidates or 0,
             trust_remote_code=trust_remote_code,
             progress=task_counters(output),
         )

@@ -14,7 +14,7 @@ from octavo.cli._layouts import COLUMNS, groups, in_words, options_in_words, row
 from octavo.cli._output import JsonOption, Output, quiet_libraries, size
 
 if TYPE_CHECKING:
-    from octavo.formats import Quantized
+    from octavo.formats import HeadLayout, Quantized
 
 
 def command(
@@ -47,6 +47,7 @@ def command(
                 "format_version": config.raw.get("format_version"),
                 "octavo_version": _version(config),
                 "details": config.details,
+                "head": config.head.to_dict() if config.head else None,
                 **sums,
                 "quantized_bytes": sums["bytes"],
                 "file_bytes": file_bytes,
@@ -71,12 +72,21 @@ def command(
                 f"indices), {sums['matrices']} matrices, {sums['weights']:,} weights",
                 "weight files": f"{size(file_bytes)} in {files} ({size(sums['bytes'])} quantized, "
                 f"{size(file_bytes - sums['bytes'])} kept and headers)",
+                **({"head": _head(config.head)} if config.head else {}),
                 **{
                     key: options_in_words(value) if isinstance(value, dict) else str(value)
                     for key, value in config.details.items()
                 },
             }
         )
+
+
+def _head(head: HeadLayout) -> str:
+    """The head in words; its matrices stand among the others."""
+    parts = f"rows of {' and '.join(head.parts)} tokens" if head.parts else ""
+    codes = f"{head.codes:,} codewords" if head.codes else ""
+    own = f"{size(head.bits() // 8)} beside the matrices"
+    return f"{head.module}: {' and '.join(x for x in (parts, codes) if x)}, {own}"
 
 
 def _version(config: Quantized) -> str | None:

@@ -2,6 +2,7 @@
 
 from octavo.formats._base import CONFIG_FILE, Format, Quantized, Shapes, Spec, Stored, get, registry
 from octavo.formats.checkpoint import check, format_of, is_quantized, problems, raw_config, read_weights, verify
+from octavo.formats.head import HeadLayout
 from octavo.formats.manifest import MANIFEST_FILE, octavo_version, write_manifest
 from octavo.formats.reader import CheckpointReader
 from octavo.formats.writer import ShardWriter
@@ -11,6 +12,7 @@ __all__ = [
     "MANIFEST_FILE",
     "CheckpointReader",
     "Format",
+    "HeadLayout",
     "Quantized",
     "Shapes",
     "ShardWriter",

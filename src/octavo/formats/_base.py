@@ -14,6 +14,7 @@ from torch import Tensor
 
 from octavo._core.errors import UsageError
 from octavo._core.registry import Registry
+from octavo.formats.head import HeadLayout
 from octavo.formats.reader import CheckpointReader
 from octavo.layout import Layout
 from octavo.weight import VQWeight
@@ -69,6 +70,7 @@ class Quantized:
         method: the algorithm that made them.
         details: what else the writer recorded (bits, calibration, seeds); nothing in it is needed to load.
         raw: ``quantization_config`` as it stands in the file.
+        head: the output head, if it is more or less than one of the matrices.
     """
 
     format: str
@@ -76,6 +78,7 @@ class Quantized:
     method: str
     details: dict[str, Any]
     raw: dict[str, Any]
+    head: HeadLayout | None = None
 
     @property
     def layouts(self) -> dict[str, Layout]:
@@ -83,18 +86,28 @@ class Quantized:
         return {module: matrix.layout for module, matrix in self.matrices.items()}
 
     def tensors(self) -> Spec:
-        """Full name -> (dtype, shape) of every tensor of every quantized matrix."""
-        return {
+        """Full name -> (dtype, shape) of every tensor of every quantized matrix, and of the head."""
+        found = {
             f"{module}.{name}": spec
             for module, matrix in self.matrices.items()
             for name, spec in matrix.tensors().items()
         }
+        return found | self.head_tensors()
+
+    def head_tensors(self) -> Spec:
+        """Those of them that belong to the head and to none of the matrices."""
+        if self.head is None:
+            return {}
+        return {f"{self.head.module}.{name}": spec for name, spec in self.head.tensors().items()}
 
     @property
     def bits_per_weight(self) -> float:
-        """All stored bits of all quantized matrices over their weights."""
-        matrices = self.matrices.values()
-        return sum(matrix.bits() for matrix in matrices) / sum(matrix.layout.weights for matrix in matrices)
+        """All stored bits of all quantized matrices, the head's among them, over their weights."""
+        bits, weights = (self.head.bits(), self.head.weights) if self.head else (0, 0)
+        for matrix in self.matrices.values():
+            bits += matrix.bits()
+            weights += matrix.layout.weights
+        return bits / weights
 
 
 def json_values(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,7 +163,12 @@ class Format(ABC):
 
     @abstractmethod
     def quantization_config(
-        self, layouts: Mapping[str, Layout], method: str, details: Mapping[str, Any], dense: Sequence[str] = ()
+        self,
+        layouts: Mapping[str, Layout],
+        method: str,
+        details: Mapping[str, Any],
+        dense: Sequence[str] = (),
+        head: HeadLayout | None = None,
     ) -> dict[str, Any]:
         """The ``quantization_config`` of a folder to be written.
 
@@ -158,6 +176,7 @@ class Format(ABC):
             layouts: module path -> layout that :meth:`refusals` has nothing against.
             details: JSON values for the record.
             dense: the model's linear layers that are not quantized.
+            head: the output head, if it is no single matrix; only where ``holds_embeddings``.
         """
 
     @abstractmethod

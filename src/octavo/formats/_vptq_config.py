@@ -11,7 +11,7 @@ import torch
 
 from octavo._core.errors import FormatError
 from octavo.formats._base import Spec
-from octavo.formats.native import MODULE_NAME
+from octavo.formats.head import MODULE_NAME
 from octavo.layout import MAX_FEATURES, MAX_VECTOR_LENGTH, Layout
 from octavo.math.pack import packed_words
 

@@ -104,7 +104,8 @@ def _check_tensors(form: Format, config: Quantized, reader: CheckpointReader) ->
         parts = name.split(".")
         # Some formats nest tensors one level below the module.
         owners = (".".join(parts[:-depth]) for depth in (1, 2))
-        owner = next((module for module in owners if module in config.matrices), None)
+        modules = {*config.matrices, *([config.head.module] if config.head else [])}
+        owner = next((module for module in owners if module in modules), None)
         if owner is not None:
             raise FormatError(
                 f"{reader.folder}: {name} is unknown: the layout of {owner} in {CONFIG_FILE} has no "

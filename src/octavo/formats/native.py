@@ -15,14 +15,14 @@ from torch import Tensor
 
 from octavo._core.errors import FormatError, did_you_mean
 from octavo.formats._base import Format, Quantized, Shapes, Spec, Stored, json_values, registry
+from octavo.formats.head import MODULE_NAME, HeadLayout
 from octavo.formats.manifest import FORMAT_VERSION, octavo_version
 from octavo.formats.reader import CheckpointReader
 from octavo.layout import Layout
 from octavo.weight import VQWeight
 
 QUANT_METHOD = "octavo"
-_KEYS = ("quant_method", "format_version", "octavo_version", "method", "layouts", "modules", "details")
-MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_KEYS = ("quant_method", "format_version", "octavo_version", "method", "layouts", "modules", "head", "details")
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,22 @@ class Native(Format):
         return leaf == "indices" or re.fullmatch(r"codebook_\d+", leaf) is not None
 
     def quantization_config(
-        self, layouts: Mapping[str, Layout], method: str, details: Mapping[str, Any], dense: Sequence[str] = ()
+        self,
+        layouts: Mapping[str, Layout],
+        method: str,
+        details: Mapping[str, Any],
+        dense: Sequence[str] = (),
+        head: HeadLayout | None = None,
     ) -> dict[str, Any]:
-        return quantization_config(layouts, method, details)
+        return quantization_config(layouts, method, details, head)
 
     def encode(self, weight: VQWeight) -> dict[str, Tensor]:
         return dict(weight.tensors)
 
 
-def quantization_config(layouts: Mapping[str, Layout], method: str, details: Mapping[str, Any]) -> dict[str, Any]:
+def quantization_config(
+    layouts: Mapping[str, Layout], method: str, details: Mapping[str, Any], head: HeadLayout | None = None
+) -> dict[str, Any]:
     """The ``quantization_config`` of config.json: every distinct layout once, and which module has which.
 
     Raises:
@@ -79,6 +86,8 @@ def quantization_config(layouts: Mapping[str, Layout], method: str, details: Map
         "method": method,
         "layouts": [layout.to_dict() for layout in unique],
         "modules": modules,
+        # Written only where there is one: files without mean what they meant.
+        **({} if head is None else {"head": head.to_dict()}),
         "details": dict(details),
     }
     return json_values(config)
@@ -121,4 +130,8 @@ def parse_config(raw: Any, where: str) -> Quantized:
         if type(number) is not int or not 0 <= number < len(layouts):
             raise FormatError(f"{where}: module {module} wanted a layout number below {len(layouts)}, got {number!r}.")
         matrices[module] = NativeMatrix(layouts[number])
-    return Quantized(QUANT_METHOD, matrices, raw["method"], raw["details"], raw)
+    head = None
+    if "head" in raw:
+        by_module = {module: matrix.layout for module, matrix in matrices.items()}
+        head = HeadLayout.from_dict(raw["head"], by_module, where)
+    return Quantized(QUANT_METHOD, matrices, raw["method"], raw["details"], raw, head)

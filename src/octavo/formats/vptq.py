@@ -21,8 +21,8 @@ from octavo._core.errors import FormatError, UsageError
 from octavo.formats import _vptq_limits as limits
 from octavo.formats._base import Format, Quantized, Shapes, Spec, Stored, json_values, registry
 from octavo.formats._vptq_config import Geometry, entries, is_gptqmodel
+from octavo.formats.head import MODULE_NAME, HeadLayout
 from octavo.formats.manifest import octavo_version
-from octavo.formats.native import MODULE_NAME
 from octavo.formats.reader import DTYPES, CheckpointReader
 from octavo.layout import Layout, Outliers, SideDtype
 from octavo.math.pack import pack, unpack
@@ -162,7 +162,12 @@ class VPTQFormat(Format):
         return leaf in ("indices", "res_indices", "outlier_indices")
 
     def quantization_config(
-        self, layouts: Mapping[str, Layout], method: str, details: Mapping[str, Any], dense: Sequence[str] = ()
+        self,
+        layouts: Mapping[str, Layout],
+        method: str,
+        details: Mapping[str, Any],
+        dense: Sequence[str] = (),
+        head: HeadLayout | None = None,
     ) -> dict[str, Any]:
         self.require(layouts)
         config = {

@@ -18,6 +18,7 @@ from octavo.evaluation import harness, zeroshot
 from octavo.evaluation.metrics import Metrics
 from octavo.evaluation.metrics import evaluate as evaluate_models
 from octavo.formats import CheckpointReader
+from octavo.heads import set_candidates
 from octavo.integrations.transformers import Decode, load
 from octavo.models import quantized
 from octavo.models.source import resolve
@@ -52,6 +53,7 @@ def evaluate(
     device: str | None = None,
     threads: int | None = None,
     batch_tokens: int = 4096,
+    head_candidates: int = 0,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -71,6 +73,7 @@ def evaluate(
         device: ``cpu``, ``cuda``, ``cuda:1``, ..; None takes a GPU if there is one.
         threads: CPU threads of torch and of the C++ library; None leaves them as they are.
         batch_tokens: tokens per forward pass.
+        head_candidates: see :func:`octavo.heads.set_candidates`.
 
     Returns:
         A JSON-able dictionary: the fields of :class:`~octavo.evaluation.metrics.Metrics`; ``bits_per_weight`` of the
@@ -95,6 +98,7 @@ def evaluate(
         device=device,
         threads=threads,
         batch_tokens=batch_tokens,
+        head_candidates=head_candidates,
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
@@ -121,6 +125,7 @@ def compare(
     device: str | None = None,
     threads: int | None = None,
     batch_tokens: int = 4096,
+    head_candidates: int = 0,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -152,6 +157,8 @@ def compare(
     models = {
         source.name: load(source.folder, *where, decode, trust_remote_code=trust_remote_code)[0] for source in sources
     }
+    for path in map(str, paths):
+        set_candidates(models[path], head_candidates)
     metrics = evaluate_models(
         models,
         tokens.ids,

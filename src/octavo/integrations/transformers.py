@@ -21,8 +21,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from octavo import formats, parallel
 from octavo._core.errors import FormatError, ResourceError, UsageError
-from octavo.formats import CONFIG_FILE, CheckpointReader, Quantized, Stored, native
+from octavo.formats import CONFIG_FILE, CheckpointReader, HeadLayout, Quantized, Stored, native
 from octavo.formats.reader import listing
+from octavo.heads import VQHead
 from octavo.kernels import select
 from octavo.layout import Layout
 from octavo.models import quantized
@@ -69,6 +70,7 @@ class OctavoQuantizer(HfQuantizer):
         self._transposed: set[str] = set()
         #: Matrices of which every rank keeps a part: of the rows (0) or the columns (1).
         self._split: dict[str, int] = {}
+        self._head: HeadLayout | None = None
 
     @property
     def is_trainable(self) -> bool:
@@ -101,7 +103,11 @@ class OctavoQuantizer(HfQuantizer):
         else:
             raise UsageError("a VPTQ model is loaded from its folder; without one its layers are not known.")
         self._matrices, self._stored = config.matrices, frozenset(config.tensors())
+        self._head = config.head
+        parts = config.head.matrices if config.head else ()
         for name, matrix in config.matrices.items():
+            if name in parts:
+                continue
             old = _layer_at(model, name, matrix.layout)
             if isinstance(old, Conv1D):
                 self._transposed.add(name)
@@ -113,6 +119,8 @@ class OctavoQuantizer(HfQuantizer):
             if f"{name}.weight" in _tied(model):
                 _tie(model, name, stand_in, set(config.matrices))
             model.set_submodule(name, stand_in)
+        if config.head is not None:
+            _put_head(model, config.head, config.layouts)
         self._split = _split_by_plan(model, self._matrices)
         if folder is not None:
             from octavo.models.names import match_names
@@ -122,7 +130,7 @@ class OctavoQuantizer(HfQuantizer):
 
     def _become_native(self, model: Any, config: Quantized) -> None:
         """``save_pretrained`` writes what is in memory: layouts and their tensors."""
-        native_config = native.quantization_config(config.layouts, config.method, config.details)
+        native_config = native.quantization_config(config.layouts, config.method, config.details, config.head)
         if native_config != config.raw:
             self.quantization_config = model.config.quantization_config = OctavoConfig(**native_config)
             model.quantization_method = native.QUANT_METHOD
@@ -157,6 +165,12 @@ class OctavoQuantizer(HfQuantizer):
                     # It was given to the module that was there while the model was spread over devices.
                     add_hook_to_module(layer, module._hf_hook)  # type: ignore[arg-type]
                 model.set_submodule(name, layer)
+        if self._head is not None:
+            module = model.get_submodule(self._head.module)
+            lost = [key for key in self._head.tensors() if module.get_buffer(key).device.type == "meta"]
+            if lost:
+                raise FormatError(f"{self._head.module}: {listing(lost)} were not loaded from the checkpoint.")
+            module.validate(self._head.module)
 
         for name, dim in self._split.items():
             mesh, layer = model._mesh_manager.get_mesh("tp"), model.get_submodule(name)
@@ -171,10 +185,13 @@ class OctavoQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         if self._split:
             raise UsageError("a model whose matrices are split over ranks cannot be decoded; keep it packed.")
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, VQLinear)}
+        kinds = VQLinear | VQHead
+        heads = {name: module for name, module in model.named_modules() if isinstance(module, VQHead)}
+        parts = {part for head in heads.values() for part in head.parts}
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m not in parts}
         tied = {name: module for name, module in model.named_modules() if isinstance(module, TiedEmbedding)}
         for name, layer in layers.items():
-            if layer.indices.device.type == "meta":  # type: ignore[union-attr]
+            if any(buffer.device.type == "meta" for buffer in layer.buffers()):
                 raise ResourceError(f"{name} is offloaded and cannot be decoded there. Load with decode='packed'.")
             dense = layer.densify(dtype)
             model.set_submodule(name, _as_conv1d(dense) if name in self._transposed else dense)
@@ -188,7 +205,8 @@ class OctavoQuantizer(HfQuantizer):
 def _split_by_plan(model: Any, matrices: Mapping[str, Stored]) -> dict[str, int]:
     """The matrices that the model's tensor-parallel plan splits, if it is loaded on several ranks, and along what.
 
-    Quantized embeddings, and heads that are embeddings as well, are taken out of the plan: each rank has them whole.
+    Quantized embeddings, heads that are embeddings as well, and heads of several parts are taken out of the plan: each
+    rank has them whole.
 
     Raises:
         UsageError: a matrix that cannot be split in this way.
@@ -198,7 +216,7 @@ def _split_by_plan(model: Any, matrices: Mapping[str, Stored]) -> dict[str, int]
         return {}
     plan: dict[str, str] = model.tp_plan
     for name, module in model.named_modules():
-        if isinstance(module, VQEmbedding | TiedEmbedding):
+        if isinstance(module, VQEmbedding | TiedEmbedding | VQHead):
             plan.pop(replace_layer_number_by_wildcard(name), None)
     tied = {id(module.head) for module in model.modules() if isinstance(module, TiedEmbedding)}
     split: dict[str, int] = {}
@@ -361,6 +379,30 @@ def _layer_at(model: Any, name: str, layout: Layout) -> nn.Module:
     return old
 
 
+def _put_head(model: Any, layout: HeadLayout, layouts: Mapping[str, Layout]) -> None:
+    """Put a head of several parts in its place; the embedding looks its rows up there if they are tied and it has any.
+
+    Raises:
+        FormatError: the model has another head.
+    """
+    old = model.get_output_embeddings()
+    shape = tuple(getattr(getattr(old, "weight", None), "shape", ()))
+    paths = [path for path, module in model.named_modules() if module is old]
+    if layout.module not in paths or shape != (layout.tokens, layout.width) or getattr(old, "bias", None) is not None:
+        raise FormatError(
+            f"{CONFIG_FILE} wants a head {layout.module} of {layout.tokens} x {layout.width} without bias; "
+            f"{type(model).__name__} has {', '.join(paths) or 'none'} of {list(shape)}."
+        )
+    head = VQHead(layout, {name: layouts[f"{layout.module}.{name}"] for name in layout.parts}, device="meta")
+    if f"{layout.module}.weight" in _tied(model):
+        if layout.parts:
+            _tie(model, layout.module, head, set(layouts))
+        else:
+            # Codewords are no embedding: that stays as it was.
+            model.all_tied_weights_keys = {}
+    model.set_submodule(layout.module, head)
+
+
 def _tied(model: Any) -> set[str]:
     return {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
 
@@ -377,13 +419,15 @@ def _tie(model: Any, name: str, head: nn.Module, quantized: set[str]) -> None:
         raise FormatError(f"{name} and {paths[0]} are quantized, each for itself, but {CONFIG_FILE} ties them.")
     both = {f"{name}.weight", f"{paths[0]}.weight"} if paths else set()
     is_head = model.get_output_embeddings() is model.get_submodule(name)
-    if not is_head or not isinstance(head, VQLinear) or both != _tied(model) or type(embedding) is not nn.Embedding:
+    fits = is_head and both == _tied(model) and type(embedding) is nn.Embedding
+    if not fits or not isinstance(head, VQLinear | VQHead):
         raise FormatError(
             f"{name} is quantized but {CONFIG_FILE} ties it; only an output head may be, and to the embedding alone."
         )
-    if reason := head.layout.why_no_rows():
-        raise FormatError(f"{name} is the embedding as well, whose rows cannot be looked up with {reason}.")
-    model.set_submodule(paths[0], TiedEmbedding(head))
+    for part in head.parts if isinstance(head, VQHead) else [head]:
+        if reason := part.layout.why_no_rows():
+            raise FormatError(f"{name} is the embedding as well, whose rows cannot be looked up with {reason}.")
+    model.set_submodule(paths[0], TiedEmbedding(head))  # type: ignore[arg-type]
     # There are no two parameters any more that transformers could tie.
     model.all_tied_weights_keys = {}
 

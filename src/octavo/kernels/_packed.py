@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from octavo._core import clib
+from octavo._core.errors import UsageError
 from octavo.kernels.select import Kernel
 from octavo.layout import Layout
 from octavo.weight import VQWeight
@@ -58,6 +59,19 @@ class PackedMatrix:
         y = x.new_empty(x.shape[0], self.weight.layout.shape[0])
         arguments = (self.handle, x.data_ptr(), x.shape[0], y.data_ptr(), threads or clib.threads())
         clib.call(_library().octavo_matrix_many, *arguments)
+        return y
+
+    def rows_times(self, index: Tensor, x: Tensor, threads: int | None = None) -> Tensor:
+        """Products [n] float32 of rows, int64 [n], with ``x`` [in] float32; the bias is left out.
+
+        Raises:
+            UsageError: a row that the matrix lacks.
+        """
+        y = torch.empty(index.numel())
+        index, x, indices = index.contiguous(), x.contiguous(), self.weight.tensors["indices"].contiguous()
+        arguments = (indices.data_ptr(), index.data_ptr(), index.numel(), x.data_ptr(), y.data_ptr())
+        if clib.call(_library().octavo_matrix_rows, self.handle, *arguments, threads or clib.threads()):
+            raise UsageError(f"rows of a matrix wanted in 0..{self.weight.layout.shape[0] - 1}.")
         return y
 
     def transformed(self, x: Tensor) -> Tensor:

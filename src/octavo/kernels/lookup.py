@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 
 import torch
+from torch import Tensor
 
 from octavo._core import clib
 from octavo.kernels._packed import PackedKernel, PackedMatrix, transform_of
@@ -79,3 +80,13 @@ class LookUp(PackedKernel):
     many = 96
     refuses = staticmethod(why_not)
     prepare = staticmethod(pack)
+
+    @staticmethod
+    def has_rows(layout: Layout) -> bool:
+        """Rows with one scale each."""
+        return layout.block_scale is None or layout.block_scale.columns >= layout.shape[1]
+
+    @staticmethod
+    def rows_times(index: Tensor, x: Tensor, prepared: PackedMatrix) -> Tensor:
+        """Tables of the products as for the whole matrix, looked up by the codes of single rows."""
+        return prepared.rows_times(index, x.float())

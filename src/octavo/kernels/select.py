@@ -63,6 +63,16 @@ class Kernel(ABC):
     def linear(x: Tensor, prepared: Any) -> Tensor:
         """``x @ W.T + bias``: [.., in_features] to [.., out_features], in the dtype of ``x``."""
 
+    @staticmethod
+    def has_rows(layout: Layout) -> bool:
+        """Whether :meth:`rows_times` runs a layout that :meth:`why_not` has nothing against."""
+        return False
+
+    @staticmethod
+    def rows_times(index: Tensor, x: Tensor, prepared: Any) -> Tensor:
+        """Products [n] float32 of the rows ``index``, int64 [n], with one input [in_features], without bias."""
+        raise NotImplementedError
+
 
 registry: Registry[type[Kernel]] = Registry("kernel", "octavo.kernels")
 

@@ -35,7 +35,7 @@ class CausalModel:
     Args:
         source: from :func:`octavo.models.resolve`.
         skip: globs over whole dotted segments of module names (``mlp.down_proj``, ``layers.0``) that stay unquantized.
-        with_ends: output head and embedding are to be quantized as well.
+        with_ends: output head and embedding are to be quantized as well, or with ``"head"`` the head alone.
 
     Attributes:
         source, config: as given.
@@ -50,7 +50,7 @@ class CausalModel:
         FormatError: checkpoint and configuration do not fit.
     """
 
-    def __init__(self, source: ModelSource, *, skip: Sequence[str] = (), with_ends: bool = False) -> None:
+    def __init__(self, source: ModelSource, *, skip: Sequence[str] = (), with_ends: bool | str = False) -> None:
         if quantization := getattr(source.config, "quantization_config", None):
             method = quantization.get("quant_method") if isinstance(quantization, dict) else None
             raise UsageError(
@@ -65,7 +65,8 @@ class CausalModel:
         self._blocks = list(blocks)
         self.blocks = [f"{self._blocks_name}.{i}" for i in range(len(blocks))]
         self._targets = skeleton.find_targets(dict(zip(self.blocks, blocks, strict=True)), skip, source.name)
-        self.ends = skeleton.find_ends(self._model, source.name) if with_ends else None
+        alone = with_ends == "head"
+        self.ends = skeleton.find_ends(self._model, source.name, head_only=alone) if with_ends else None
         self._sources = match_names(self._model, self.reader)
         #: By module: the order of its outputs and that of its inputs, where these are not those of the checkpoint.
         self._orders: dict[str, tuple[Tensor | None, Tensor | None]] = {}
@@ -92,8 +93,7 @@ class CausalModel:
 
     def _taken(self) -> set[str]:
         """Modules whose tensors the output does not have as they are."""
-        ends = {self.ends.head, self.ends.embedding} if self.ends else set()
-        return {name for block in self._targets for name in block} | ends
+        return {name for block in self._targets for name in block} | (self.ends.taken if self.ends else set())
 
     def ties(self) -> dict[str, str]:
         """Name of a tensor that checkpoints may leave out -> the one that it is tied to."""

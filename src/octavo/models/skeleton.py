@@ -137,17 +137,21 @@ class Ends:
     Attributes:
         head, embedding: their module paths.
         tied: they are one matrix.
+        target: the head.
         targets: what is to be quantized, by path: the head, and the embedding [tokens, width] if it is not tied to it.
+        taken: paths whose tensors the output does not have as they are.
     """
 
     head: str
     embedding: str
     tied: bool
+    target: Target
     targets: dict[str, Target]
+    taken: frozenset[str]
 
 
-def find_ends(model: PreTrainedModel, name: str) -> Ends:
-    """The head and the embedding of a model.
+def find_ends(model: PreTrainedModel, name: str, *, head_only: bool = False) -> Ends:
+    """The head and the embedding of a model; with ``head_only`` the embedding stays as it is, even if it is tied.
 
     Raises:
         UsageError: it has none, or they do more than a linear layer and a look-up.
@@ -164,10 +168,13 @@ def find_ends(model: PreTrainedModel, name: str) -> Ends:
             raise UsageError(f"{name}: the {what} of {type(model).__name__} is {kind}; --head-bits cannot quantize it.")
     at_head, at_embedding = paths[id(head)], paths[id(embedding)]
     tied = f"{at_head}.weight" in ties(model) or f"{at_embedding}.weight" in ties(model)
-    targets = {at_head: target_of(head)}  # type: ignore[arg-type]
+    target = target_of(head)  # type: ignore[arg-type]
+    targets = {at_head: target}
+    if head_only:
+        return Ends(at_head, at_embedding, tied, target, targets, frozenset({at_head}))
     if not tied:
         targets[at_embedding] = Target(tuple(embedding.weight.shape), False, False)  # type: ignore[arg-type]
-    return Ends(at_head, at_embedding, tied, targets)
+    return Ends(at_head, at_embedding, tied, target, targets, frozenset({at_head, at_embedding}))
 
 
 def ties(model: PreTrainedModel) -> dict[str, str]:

@@ -14,16 +14,19 @@ from torch import Tensor, nn
 from octavo._core.errors import Interrupted, NumericalError
 from octavo._core.seeds import generator
 from octavo.algorithms import Algorithm
+from octavo.algorithms.vq_logits import fit
 from octavo.calibration import capture
 from octavo.calibration.data import Tokens
 from octavo.calibration.products import calibration_products
+from octavo.formats.head import CLASSES
+from octavo.heads import pack_map
 from octavo.layout import Layout
 from octavo.math.hessian import caught_up, proxy_loss
 from octavo.models.adapter import CausalModel
 from octavo.pipeline.block_tune import BlockTuneOptions, BlockTuner, BlockTuneReport
 from octavo.pipeline.events import Clock, Progress, Reporter
 from octavo.pipeline.guide import Guide, Sensitivity, find
-from octavo.pipeline.head import head_algorithm, head_statistics, tied_hessian
+from octavo.pipeline.head import HeadOptions, head_algorithm, head_statistics, split, tied_hessian
 from octavo.pipeline.plan import Plan
 from octavo.pipeline.reorder import load_reordered
 from octavo.pipeline.store import Store
@@ -100,6 +103,7 @@ class BlockWalk(Reporter):
         tokens: Tokens | None,
         guide: Guide,
         block_options: BlockTuneOptions | None = None,
+        head: HeadOptions | None = None,
     ) -> None:
         """Quantize all blocks, and after them head and embedding if asked to, that the store does not have yet."""
         blocks = len(causal.blocks)
@@ -165,8 +169,8 @@ class BlockWalk(Reporter):
                     f"stopped after block {index + 1} of {blocks}, which is committed. Repeat the command with "
                     "--resume to continue; the result will be the same as without the stop."
                 )
-        if causal.ends is not None:
-            self._quantize_ends(causal, algorithm, the_plan, store, tokens, hidden)
+        if head is not None and tokens is not None:
+            self._quantize_ends(causal, algorithm, the_plan, store, tokens, hidden, head)
 
     def _quantize_ends(
         self,
@@ -174,31 +178,51 @@ class BlockWalk(Reporter):
         algorithm: Algorithm,
         the_plan: Plan,
         store: Store,
-        tokens: Tokens | None,
+        tokens: Tokens,
         hidden: list[Tensor],
+        options: HeadOptions,
     ) -> None:
         """Quantize and commit head and embedding, where ``hidden`` left the last block."""
-        assert causal.ends is not None
+        ends, head, coder = causal.ends, the_plan.head, head_algorithm(algorithm)
+        assert ends is not None
         self.emit("phase", "quantizing head and embedding")
-        noted, hessian = len(self.notes), None
-        if tokens is not None:
-            with self.clock.phase("statistics"):
-                shrink = head_algorithm(algorithm).shrink
-                hessian = self._usable(head_statistics(causal, tokens, hidden), causal.ends.head, shrink)
-            if hessian is not None and causal.ends.tied:
-                hessian = tied_hessian(hessian)
+        noted, matrix = len(self.notes), causal.weight(ends.head)
+        with self.clock.phase("statistics"):
+            found = head_statistics(causal, tokens, hidden, head)
+            hessian = self._usable(found.hessian, ends.head, coder.shrink)
+        if hessian is not None and ends.tied:
+            hessian = tied_hessian(hessian)
         tensors: dict[str, Tensor] = {}
         rows: list[MatrixReport] = []
-        for matrix in the_plan.matrices:
-            if matrix.block < len(causal.blocks):
+        originals = {name: (causal.weight(name), causal.bias(name)) for name in ends.targets if name != ends.head}
+        originals[ends.head] = matrix, causal.bias(ends.head)
+        if head is not None:
+            assert found.train is not None and found.held_out is not None
+            frequent = sum(m.layout.shape[0] for m in the_plan.matrices if m.module == f"{head.module}.{CLASSES[0]}")
+            parts, stored = split(head, frequent, matrix, found.train.statistics, tokens.ids, ends.tied)
+            originals |= {name: (part, None) for name, part in parts.items()}
+            if options.codes is not None:
+                with self.clock.phase("fit codewords"):
+                    stream = generator(self.seed, f"codewords of {ends.head}")
+                    fitted = fit(matrix, found.train, found.held_out, options.codes, stream)
+                stored |= {"codes": fitted.codes.bfloat16(), "map": pack_map(fitted.map, head)}
+                self.emit(
+                    "phase",
+                    f"  {head.codes:,} codewords: KL on held-out text {fitted.kl_before:.4f} before their fit, "
+                    f"{fitted.kl_after:.4f} after",
+                )
+            tensors |= {f"{head.module}.{key}": tensor for key, tensor in stored.items()}
+        for planned in the_plan.matrices:
+            if planned.block < len(causal.blocks):
                 continue
-            name, start = matrix.module, time.perf_counter()
-            mine = hessian if name == causal.ends.head else None
+            name, start = planned.module, time.perf_counter()
+            mine = None if name == ends.embedding else hessian
+            original, bias = originals[name]
             with self.clock.phase("quantize"):
-                weight = self._quantized(head_algorithm(algorithm), causal, name, matrix.layout, mine)
+                weight = self._quantized(coder, name, planned.layout, original, bias, mine)
             with self.clock.phase("decode"):
-                error = proxy_loss(causal.weight(name), self._decoded(weight, name), mine) if mine is not None else None
-            rows.append(self._row(name, weight, error, time.perf_counter() - start, matrix.block))
+                error = proxy_loss(original, self._decoded(weight, name), mine) if mine is not None else None
+            rows.append(self._row(name, weight, error, time.perf_counter() - start, planned.block))
             tensors |= {f"{name}.{key}": t for key, t in weight.tensors.items()}
         with self.clock.phase("commit"):
             entry = {"object": store.put_tensors(tensors), "matrices": [asdict(row) for row in rows]}
@@ -207,19 +231,19 @@ class BlockWalk(Reporter):
     def _quantized(
         self,
         algorithm: Algorithm,
-        causal: CausalModel,
         name: str,
         layout: Layout,
+        target: Tensor,
+        bias: Tensor | None,
         hessian: Tensor | None,
-        target: Tensor | None = None,
     ) -> VQWeight:
-        """Matrix ``name`` of the model, or ``target`` in its place, in a layout."""
+        """Matrix ``name``, or what it is aimed at, in a layout."""
         return algorithm.quantize(
-            causal.weight(name) if target is None else target,
+            target,
             layout=layout,
             hessian=hessian,
             generator=generator(self.seed, algorithm.stream(name, layout.shape)),
-            bias=causal.bias(name),
+            bias=bias,
             name=name,
         )
 
@@ -289,7 +313,7 @@ class BlockWalk(Reporter):
             if hessian is not None and captured is not None and captured.drifts:
                 target = caught_up(original, hessian, captured.drifts[name.removeprefix(prefix)], self.catch_up)
             with self.clock.phase("quantize"):
-                weight = self._quantized(algorithm, causal, name, layouts[name], hessian, target)
+                weight = self._quantized(algorithm, name, layouts[name], target, causal.bias(name), hessian)
             with self.clock.phase("decode"):
                 decoded = self._decoded(weight, name)
                 error = proxy_loss(original, decoded, hessian) if hessian is not None else None

@@ -46,18 +46,22 @@ class Original(CausalModel):
         mine, theirs = self.config.model_type, student.config.model_type
         if mine != theirs:
             return f"it is a {mine}, {student.name} a {theirs}"
-        for name, layout in config.layouts.items():
+        head = config.head
+        shapes = {n: x.shape for n, x in config.layouts.items() if head is None or n not in head.matrices}
+        if head is not None:
+            shapes[head.module] = head.tokens, head.width
+        for name, wanted in shapes.items():
             try:
                 module = self._model.get_submodule(name)
                 is_table = isinstance(module, nn.Embedding)
                 shape = tuple(module.weight.shape) if is_table else skeleton.target_of(module).shape
             except AttributeError:
                 return f"it has no linear layer {name}"
-            if shape != layout.shape:
-                return f"its {name} is {list(shape)}, in {student.name} {list(layout.shape)}"
+            if shape != wanted:
+                return f"its {name} is {list(shape)}, in {student.name} {list(wanted)}"
         # Embeddings and heads that were not quantized were copied, and are not tuned: they must be equal.
         reader = CheckpointReader(student.folder)
-        taken = {self._sources.get(f"{name}.weight") for name in config.layouts}
+        taken = {self._sources.get(f"{name}.weight") for name in shapes}
         ends = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
         for name, module in self._model.named_modules():
             stored = self._sources.get(f"{name}.weight")

@@ -58,9 +58,10 @@ class Student(nn.Module):
         self.layers: dict[str, TunableLinear] = {}
         self._norms: dict[str, tuple[nn.Module, str]] = {}
         ends = (self.model.get_output_embeddings(), self.model.get_input_embeddings())
+        parts = self.config.head.matrices if self.config.head else ()
         for name in self.config.layouts:
             old = self.model.get_submodule(name)
-            if any(old is end for end in ends):
+            if name in parts or any(old is end for end in ends):
                 # Both models go through the quantized head: what it lost is not the blocks' to make up for.
                 continue
             assert isinstance(old, VQLinear)

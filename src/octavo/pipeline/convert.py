@@ -93,23 +93,24 @@ def rewrite(source: ModelSource, out: Path, work: Path, form: Format) -> Convert
     model = skeleton.build(source)
     ties, linear = skeleton.ties(model), skeleton.linear_layers(model)
     tied = {*ties, *ties.values()}
+    held = [before.head.module] if before.head else []
     if not form.holds_embeddings and (
-        ends := [name for name in before.layouts if name not in linear or f"{name}.weight" in tied]
+        ends := held or [name for name in before.layouts if name not in linear or f"{name}.weight" in tied]
     ):
         raise UsageError(
             f"format {form.name} has no place for a quantized embedding or tied head ({', '.join(ends)}); quantize "
             "without --head-bits."
         )
     converter = _Converter(source, before, form, ties)
-    dense = [name for name in linear if name not in before.layouts]
-    contents = Contents(form, converter.layouts, before.method, before.details, dense, ties)
+    dense = [name for name in linear if name not in (*before.layouts, *held)]
+    contents = Contents(form, converter.layouts, before.method, before.details, dense, ties, before.head)
     try:
         # Before anything is written.
         contents.quantization_config()
     except UsageError as error:
         advice = f"`octavo quantize --format {form.name}` chooses layouts that it can hold."
         raise UsageError(f"{error}\n{advice}") from error
-    taken = before.tensors()
+    taken = before.tensors().keys() - before.head_tensors()
     with CheckpointReader(folder) as reader:
         kept = {name: reader.bytes(name) for name in reader.names() if name not in taken}
     needed = sum(kept.values()) + contents.twin_bytes(kept)
@@ -149,7 +150,7 @@ class _Converter:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Everything that the new folder holds, matrices by the names of their layouts."""
-        folder, taken = self.source.folder, self.before.tensors()
+        folder, taken = self.source.folder, self.before.tensors().keys() - self.before.head_tensors()
         with CheckpointReader(folder) as reader:
             for name in reader.names():
                 # What another format had to store twice is stored once again.

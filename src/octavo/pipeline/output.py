@@ -15,7 +15,7 @@ from torch import Tensor
 from octavo import formats
 from octavo._core import io
 from octavo._core.errors import ResourceError, UsageError
-from octavo.formats import Format, ShardWriter
+from octavo.formats import Format, HeadLayout, ShardWriter
 from octavo.layout import Layout
 from octavo.models.source import ModelSource
 from octavo.weight import VQWeight
@@ -31,6 +31,7 @@ class Contents:
         method, details: for the record.
         dense: linear layers of the model that are not quantized.
         ties: tensors that may be left out -> those that they are tied to.
+        head: the output head, if it is no single matrix.
     """
 
     form: Format
@@ -39,6 +40,7 @@ class Contents:
     details: Mapping[str, Any] = field(default_factory=dict)
     dense: Sequence[str] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
+    head: HeadLayout | None = None
 
     def quantization_config(self) -> dict[str, Any]:
         """As it will stand in config.json.
@@ -46,7 +48,7 @@ class Contents:
         Raises:
             UsageError: layouts that the format cannot hold, or details that are not JSON.
         """
-        return self.form.quantization_config(self.layouts, self.method, self.details, self.dense)
+        return self.form.quantization_config(self.layouts, self.method, self.details, self.dense, self.head)
 
     def encoded(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Tensors with the names of layouts to those of the format; what belongs to no quantized matrix passes."""

@@ -18,13 +18,13 @@ from octavo.algorithms import Algorithm
 from octavo.algorithms._base import MAX_BITS, MIN_BITS
 from octavo.algorithms._choose import predicted_distortion
 from octavo.calibration.data import Tokens, read_text, window_length, windows
-from octavo.formats import Format
+from octavo.formats import Format, HeadLayout
 from octavo.layout import Layout, SideDtype
 from octavo.models import skeleton
 from octavo.models.adapter import CausalModel
 from octavo.models.source import resolve
 from octavo.pipeline.guide import Sensitivity, check_guided, find
-from octavo.pipeline.head import head_layouts
+from octavo.pipeline.head import HeadOptions, head_options, plan_head
 from octavo.pipeline.output import Contents
 
 #: With fewer, the widest layers lose a tenth and more against plenty of text (docs/quality.md).
@@ -69,6 +69,7 @@ class Plan:
         source_bytes: payload of the original.
         memory_bytes: estimated peak of the job; work_bytes: disk that the resumable store takes on top of the output.
         seconds: estimated from a short measurement of this machine.
+        head: the output head, if it is no single matrix.
         predicted_kl: KL per token to the original that the measured importances predict; None without them.
         warnings: what a careful person would want to know before starting.
     """
@@ -85,6 +86,7 @@ class Plan:
     memory_bytes: int
     work_bytes: int
     seconds: float
+    head: HeadLayout | None = None
     predicted_kl: float | None = None
     warnings: tuple[str, ...] = field(default=())
 
@@ -95,10 +97,11 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        plain = {k: v for k, v in vars(self).items() if k not in ("matrices", "kept", "warnings")}
+        plain = {k: v for k, v in vars(self).items() if k not in ("matrices", "kept", "warnings", "head")}
         return plain | {
             "file_bytes": self.file_bytes,
             "matrices": [m.to_dict() for m in self.matrices],
+            "head": self.head.to_dict() if self.head else None,
             "kept": list(self.kept),
             "warnings": list(self.warnings),
         }
@@ -118,7 +121,10 @@ def plan(
     side_dtype: SideDtype = "float16",
     format: str = "octavo",
     overrides: Mapping[str, float] | None = None,
+    head: str | None = None,
     head_bits: float | None = None,
+    head_codes: int | None = None,
+    head_settings: Mapping[str, Any] | None = None,
     guided: str = "none",
     sensitivity: Sensitivity = "gradients",
     guide: str | Path | None = None,
@@ -133,7 +139,7 @@ def plan(
     """Work out a quantization without doing it; reads only configuration and tensor headers, unless guided.
 
     Args:
-        head_bits: as :func:`octavo.quantize` takes it.
+        head, head_bits, head_codes, head_settings: as :func:`octavo.quantize` takes them.
         guided: ``bits`` or ``both`` runs the pass of gradients that :func:`octavo.quantize` would run, on the same text
             (``calib``, ``samples``, ``ctx``, ``seed``); bits are shared out as there, and a KL is predicted.
         sensitivity: what bits are shared out by, as :func:`octavo.quantize` takes it.
@@ -146,12 +152,13 @@ def plan(
     """
     algorithm, form = build_algorithm(method, bits, side_dtype, options, preset, format), formats.get(format)
     check_guided(guided, sensitivity)
+    wanted = head_options(head, head_bits, head_codes, head_settings)
     source = resolve(model, revision=revision, trust_remote_code=trust_remote_code, work=work)
-    causal = CausalModel(source, skip=skip, with_ends=head_bits is not None)
+    causal = CausalModel(source, skip=skip, with_ends=wanted.ends if wanted else False)
     algorithm = suited(algorithm, form, source.dtype)
     if size is not None:
         check_size(bits, preset)
-        algorithm = sized(causal, algorithm, form, size, head_bits)
+        algorithm = sized(causal, algorithm, form, size, wanted)
     ctx = window_length(ctx, causal.max_positions)
     importance = None
     if guided in ("bits", "both"):
@@ -159,7 +166,7 @@ def plan(
         file = None if guide is None else Path(guide)
         found = find(causal, algorithm, tokens, seed, sensitivity=sensitivity, file=file, progress=progress)
         importance = found.importance
-    return plan_model(causal, algorithm, samples, ctx, tensor_parallel, form, importance, overrides, head_bits)
+    return plan_model(causal, algorithm, samples, ctx, tensor_parallel, form, importance, overrides, wanted)
 
 
 def calibration(causal: CausalModel, calib: str, samples: int, ctx: int, seed: int) -> Tokens:
@@ -213,7 +220,7 @@ def plan_model(
     form: Format | None = None,
     importance: Mapping[str, float] | None = None,
     overrides: Mapping[str, float] | None = None,
-    head_bits: float | None = None,
+    head: HeadOptions | None = None,
 ) -> Plan:
     """:func:`plan` for a model that is already open.
 
@@ -226,7 +233,7 @@ def plan_model(
     form = form or formats.get("octavo")
     if samples < 1 or ctx < 2:
         raise UsageError(f"samples wanted >= 1 and ctx >= 2, got {samples} and {ctx}")
-    if head_bits is not None and not form.holds_embeddings:
+    if head is not None and not form.holds_embeddings:
         raise UsageError(f"format {form.name} has no place for a quantized head or embedding; leave --head-bits out")
     targets = [(name, i, target) for i in range(len(model.blocks)) for name, target in model.targets(i).items()]
     shapes = [(target.shape, target.bias) for _, _, target in targets]
@@ -240,13 +247,18 @@ def plan_model(
     if not matrices:
         raise UsageError(f"{model.source.name}: every linear layer is skipped; there is nothing to quantize")
     warnings = _warnings(model, matrices, algorithm, samples * ctx)
-    if head_bits is not None:
-        ends = head_layouts(model, algorithm, head_bits)
-        matrices += [Matrix(name, len(model.blocks), layout, form.bits(layout)) for name, layout in ends.items()]
+    ends = plan_head(model, algorithm, head) if head is not None else None
+    if ends is not None:
+        matrices += [
+            Matrix(name, len(model.blocks), layout, form.bits(layout)) for name, layout in ends.layouts.items()
+        ]
     if tensor_parallel != 1:
         _check_tensor_parallel(matrices, tensor_parallel)
     weights = sum(m.layout.weights for m in matrices)
     sizes = [m.bits for m in matrices]
+    if ends is not None and ends.head is not None:
+        weights += ends.head.weights
+        sizes.append(ends.head.bits())
     bits = sum(sizes)
     kept = model.kept()
     predicted = None
@@ -266,6 +278,7 @@ def plan_model(
         memory_bytes=_memory(model, matrices, samples * ctx, algorithm.needs_hessian),
         work_bytes=bits // 8 + (_hidden_bytes(model, samples * ctx) * 3 if algorithm.needs_hessian else 0),
         seconds=flops / _measured_flops(),
+        head=ends.head if ends else None,
         predicted_kl=predicted,
         warnings=tuple(warnings),
     )
@@ -318,7 +331,7 @@ def check_size(bits: float | None, preset: str | None) -> None:
 
 
 def sized(
-    model: CausalModel, algorithm: Algorithm, form: Format, target_bytes: int, head_bits: float | None = None
+    model: CausalModel, algorithm: Algorithm, form: Format, target_bytes: int, head: HeadOptions | None = None
 ) -> Algorithm:
     """The algorithm with the bits per weight that make weight files of at most ``target_bytes``, ends included.
 
@@ -336,9 +349,13 @@ def sized(
     shapes = [(target.shape, target.bias) for target in targets.values()]
     weights = sum(out * inp for (out, inp), _ in shapes)
     kept, ends = _kept_bytes(model, form), {}
-    if head_bits is not None:
-        ends = head_layouts(model, algorithm, head_bits)
+    if head is not None:
+        planned = plan_head(model, algorithm, head)
+        ends = planned.layouts
         kept += sum(-(-form.bits(layout) // 8) for layout in ends.values())
+        if planned.head is not None:
+            # Its three tensors have headers as well.
+            kept += planned.head.bits() // 8 + 3 * (len(planned.head.module) + 96)
     # Matrices are padded to whole bytes each; headers depend on the layouts, and those on the bits.
     overhead = kept + len(targets) + _header_bytes(model, dict.fromkeys(targets) | ends)
     for _ in range(_ATTEMPTS):
@@ -352,7 +369,7 @@ def sized(
         if total <= target_bytes:
             return algorithm
         overhead += total - target_bytes
-    stay = "" if ends else ", which stay as they are without --head-bits"
+    stay = "" if head else ", which stay as they are without --head-bits"
     raise UsageError(
         f"--size {target_bytes:,} bytes cannot be met by {algorithm.name}: {kept:,} bytes are embeddings, head and "
         f"norms{stay}, and {weights:,} weights take {MIN_BITS:g} to {MAX_BITS:g} bits each. Try "

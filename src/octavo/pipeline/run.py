@@ -26,6 +26,7 @@ from octavo.pipeline._blocks import BlockWalk, MatrixReport
 from octavo.pipeline.block_tune import BlockTuneOptions, BlockTuneReport
 from octavo.pipeline.events import Progress, peak_memory
 from octavo.pipeline.guide import Guide, Guided, Sensitivity, check_guided
+from octavo.pipeline.head import check_plain, head_options
 from octavo.pipeline.output import Contents, write_output
 from octavo.pipeline.plan import Plan, build_algorithm, calibration, check_size, plan_model, sized, suited
 from octavo.pipeline.store import Store, already_there, no_litter, prepare_work
@@ -87,7 +88,10 @@ def quantize(
     side_dtype: SideDtype = "float16",
     format: str = "octavo",
     overrides: Mapping[str, float] | None = None,
+    head: str | None = None,
     head_bits: float | None = None,
+    head_codes: int | None = None,
+    head_settings: Mapping[str, Any] | None = None,
     guided: Guided | None = None,
     sensitivity: Sensitivity = "gradients",
     guide: str | Path | None = None,
@@ -121,8 +125,15 @@ def quantize(
         format: of the output: ``octavo``, or ``vptq`` for other people's loaders; layouts are chosen within what those
             can read, and whatever they cannot is refused.
         overrides: glob patterns of modules -> bits per weight that they get whatever the others get.
-        head_bits: bits of a code per weight of output head and embedding, which otherwise stay as they are: 1, 1.5, 2,
-            2.5, 3, 3.5, 4 or 6. Whatever the method, they get universal codebooks. A matrix that is both stays one.
+        head: ``vq``: output head and embedding are quantized as well, which ``head_bits`` alone means, too;
+            ``vq-logits``: the head becomes ``head_codes`` codewords (2,048) that tokens share, and the embedding stays.
+        head_bits: bits of a code per weight of output head and embedding: 1, 1.5, 2, 2.5, 3, 3.5, 4 or 6. Whatever the
+            method, they get universal codebooks, with more bits in the head's rows of frequent tokens and fewer in the
+            others. A matrix that is both stays one.
+        head_codes: with ``head_bits``, codewords beside the rows that choose candidates; see
+            :func:`octavo.heads.set_candidates`.
+        head_settings: options of the codewords, see :class:`octavo.algorithms.vq_logits.VQLogits`, and ``classes``:
+            False gives all rows of a head the same bits.
         guided: what is decided by what errors cost in the end, found out by one pass of gradients through the original
             (:mod:`octavo.pipeline.guide`): the ``weights`` of the calibration tokens, how ``bits`` are shared out
             between the matrices, ``both`` or ``none``. None: the method decides.
@@ -153,6 +164,7 @@ def quantize(
     if tune_blocks is not None or algorithm.block_tuning is not None:
         tune_blocks = {**(algorithm.block_tuning or {}), **(tune_blocks or {})}
     block_options = None if tune_blocks is None else from_dict(BlockTuneOptions, tune_blocks, "tune_blocks")
+    wanted = head_options(head, head_bits, head_codes, head_settings)
     guided = algorithm.guided if guided is None else guided
     check_guided(guided, sensitivity)
     if catch_up is not None and not 0 <= catch_up <= 1:
@@ -166,21 +178,21 @@ def quantize(
         job.emit("phase", f"reading {model}")
         with job.clock.phase("open"):
             source = resolve(model, revision=revision, trust_remote_code=trust_remote_code, work=work / "source")
-            causal = CausalModel(source, skip=skip, with_ends=head_bits is not None)
+            causal = CausalModel(source, skip=skip, with_ends=wanted.ends if wanted else False)
             if tuning is not None:
                 choose_windows(causal, tuning)
             ctx = window_length(ctx, causal.max_positions)
             algorithm = suited(algorithm, form, source.dtype)
             if size is not None:
-                algorithm = sized(causal, algorithm, form, size, head_bits)
-            choices: dict[str, Any] = {"form": form, "overrides": overrides, "head_bits": head_bits}
+                algorithm = sized(causal, algorithm, form, size, wanted)
+            choices: dict[str, Any] = {"form": form, "overrides": overrides, "head": wanted}
             the_plan = plan_model(causal, algorithm, samples, ctx, **choices)
             for warning in the_plan.warnings:
                 job.note(warning)
             if os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"):
                 job.note("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set: on a GPU it makes products inexact; unset it")
             job.catch_up = algorithm.catch_up if catch_up is None else catch_up
-            needs_text = algorithm.needs_hessian or guided != "none" or block_options is not None
+            needs_text = algorithm.needs_hessian or guided != "none" or block_options is not None or wanted is not None
             tokens = calibration(causal, str(calib), samples, ctx, seed) if needs_text else None
             if block_options is not None and tokens is not None:
                 block_options.check([m.layout for m in the_plan.matrices], tokens.ids)
@@ -199,7 +211,7 @@ def quantize(
                 "catch_up": job.catch_up,
                 "tune_blocks": block_options.to_dict() if block_options else None,
                 # Not on_bad_hessian: what is committed did not need it, and its error advises to resume with the other.
-                **({} if head_bits is None else {"head_bits": head_bits}),
+                **({} if wanted is None else {"head_bits": head_bits, "head": wanted.to_dict()}),
             }
             store = Store(work, identity)
             if store.exists():
@@ -226,7 +238,7 @@ def quantize(
                 job.emit("phase", f"predicted KL per token at {the_plan.bits_per_weight:.3f} bits per weight: {kl}")
             if guided == "bits":
                 found.weights.clear()
-        job.run_blocks(causal, algorithm, the_plan, store, tokens, found, block_options)
+        job.run_blocks(causal, algorithm, the_plan, store, tokens, found, block_options, wanted)
         finished = job.out if tuning is None else work / "quantized"
         job.emit("phase", f"writing and verifying {finished}")
         with job.clock.phase("write"):
@@ -241,7 +253,8 @@ def quantize(
             layouts = {m.module: m.layout for m in the_plan.matrices}
             # Tuning reads Octavo's own format.
             written = form if tuning is None else formats.get("octavo")
-            contents = Contents(written, layouts, algorithm.name, details, causal.dense_layers(), causal.ties())
+            dense, ties = causal.dense_layers(), causal.ties()
+            contents = Contents(written, layouts, algorithm.name, details, dense, ties, the_plan.head)
             file_bytes = write_output(finished, work, source, _tensors(causal, store), contents)
         tuned = None
         if tuning is not None:
@@ -273,10 +286,13 @@ def _preflight(causal: CausalModel, the_plan: Plan, tokens: Tokens | None) -> No
     """What could fail after hours of work: weights not finite or out of the stored dtypes' range, an unusual ending."""
     if causal.ends is not None and tokens is not None:
         few = tokens.ids[:1, :8]
-        with causal.ending(few, causal.capture_inputs([(few, None)]).hidden[0]):
-            pass
+        states = causal.capture_inputs([(few, None)]).hidden[0]
+        with causal.ending(few, states) as ending:
+            if the_plan.head is not None and the_plan.head.codes:
+                check_plain(ending, states.flatten(0, 1), causal.weight(causal.ends.head), causal.source.name)
+    parts = {part: the_plan.head.module for part in the_plan.head.matrices} if the_plan.head else {}
     for matrix in the_plan.matrices:
-        largest = float(causal.weight(matrix.module).abs().max())
+        largest = float(causal.weight(parts.get(matrix.module, matrix.module)).abs().max())
         if matrix.layout.side_dtype == "float16" and largest > torch.finfo(torch.float16).max:
             raise NumericalError(
                 f"{matrix.module}: weights up to {largest:.3g} do not fit float16 codebooks and scales; "

@@ -199,10 +199,10 @@ def tune_into(
         }
         if "tuned" in config.details:
             tuned["before"] = config.details["tuned"]
-        dense = [name for name in original.dense_layers() if name not in config.layouts]
-        contents = Contents(
-            form, config.layouts, config.method, config.details | {"tuned": tuned}, dense, original.ties()
-        )
+        heads = [config.head.module] if config.head else []
+        dense = [name for name in original.dense_layers() if name not in (*config.layouts, *heads)]
+        details = config.details | {"tuned": tuned}
+        contents = Contents(form, config.layouts, config.method, details, dense, original.ties(), config.head)
         if best_step > 0:
             student.set_values(store.get_tensors(state.objects["best"]))
         file_bytes = write_output(out, work, source, student.stored(at_start=best_step == 0), contents)

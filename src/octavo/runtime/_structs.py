@@ -41,6 +41,8 @@ class Decoder(ctypes.Structure):
         ("block", ctypes.POINTER(Block)),
         ("final_norm", c_void_p),
         ("embedding", Linear),
+        ("others", Linear),
+        ("places", c_void_p),
         ("head", Linear),
         *((name, c_float) for name in ("epsilon", "attention_scale", "attention_cap", "logit_cap", "embedding_factor")),
         ("activation", c_int32),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from octavo._core import clib
 from octavo._core.errors import ResourceError, UsageError
+from octavo.heads import VQHead
 from octavo.kernels import lookup
 from octavo.kernels._packed import PackedMatrix
 from octavo.nn import TiedEmbedding, VQLinear
@@ -79,8 +80,9 @@ def why_not(model: Any) -> str:
             return f"{name} is a {type(layer).__name__}"
     embedding = model.get_input_embeddings()
     table = embedding.head if isinstance(embedding, TiedEmbedding) else embedding
-    if isinstance(table, VQLinear) and (reason := lookup.why_not(table.layout)):
-        return f"rows of the embedding cannot be looked up in its matrix: {reason}"
+    for part in table.parts if isinstance(table, VQHead) else [table]:
+        if isinstance(part, VQLinear) and (reason := lookup.why_not(part.layout)):
+            return f"rows of the embedding cannot be looked up in its matrix: {reason}"
     return ""
 
 
@@ -124,6 +126,7 @@ class NativeDecoder:
         self._windowed = 0
         self._kept: list[Any] = []
         self._vocabulary = model.get_output_embeddings().weight.shape[0]
+        self._logit_cap = getattr(config, "final_logit_softcapping", None) or 0.0
         decoder = self._decoder(config)
         handle = ctypes.c_void_p()
         lib = clib.library()
@@ -159,16 +162,23 @@ class NativeDecoder:
             return self._read_prompt(tokens)
         lib = clib.library()
         assert lib is not None
-        logits = torch.empty(self._vocabulary)
+        head = self.model.get_output_embeddings()
+        found = torch.empty(head.in_features if isinstance(head, VQHead) else self._vocabulary)
         status = clib.call(
             lib.octavo_session_run,
-            *(self._session, tokens.data_ptr(), tokens.numel(), self.length, logits.data_ptr()),
+            *(self._session, tokens.data_ptr(), tokens.numel(), self.length, found.data_ptr()),
             *(self.threads, _BEST_ISA),
         )
         if status == clib.OUT_OF_RANGE:
             raise UsageError(f"run: a token is not in 0..{self._vocabulary - 1}.")
         self.length += tokens.numel()
-        return logits
+        return self._logits(head, found) if isinstance(head, VQHead) else found
+
+    @torch.inference_mode()
+    def _logits(self, head: VQHead, state: Tensor) -> Tensor:
+        """A head of several parts is no single product; the library leaves it to its module."""
+        logits = head(state.unsqueeze(0))[0]
+        return self._logit_cap * torch.tanh(logits / self._logit_cap) if self._logit_cap else logits
 
     def times(self) -> tuple[float, float]:
         """Seconds that tokens took in C++ since this was asked last, and those of them in linear layers."""
@@ -231,12 +241,13 @@ class NativeDecoder:
             block=blocks,
             final_norm=self._norm(body.norm),
             # A token reads one row of it.
-            embedding=self._layer(embedding, counted=False),
-            head=self._layer(head),
+            **self._embedding(embedding),
+            # Without one, what it would read is put out.
+            head=self._head(head),
             epsilon=config.rms_norm_eps,
             attention_scale=attention.scaling,
             attention_cap=getattr(config, "attn_logit_softcapping", None) or 0.0,
-            logit_cap=getattr(config, "final_logit_softcapping", None) or 0.0,
+            logit_cap=self._logit_cap,
             embedding_factor=_embedding_factor(embedding, config),
             activation=_ACTIVATIONS[_activation(config)],
         )
@@ -253,6 +264,23 @@ class NativeDecoder:
             setattr(block, name, self._layer(layer.get_submodule(path)))
         block.frequencies = self._numbers(rotary.inv_freq)
         return block
+
+    def _embedding(self, embedding: Any) -> dict[str, Any]:
+        table = embedding.head if isinstance(embedding, TiedEmbedding) else embedding
+        if not isinstance(table, VQHead):
+            return {"embedding": self._layer(embedding, counted=False)}
+        first, *others = (self._layer(part, counted=False) for part in table.parts)
+        if not others:
+            return {"embedding": first}
+        places = table.places.contiguous()
+        self._kept.append(places)
+        return {"embedding": first, "others": others[0], "places": places.data_ptr()}
+
+    def _head(self, head: Any) -> structs.Linear:
+        if not isinstance(head, VQHead):
+            return self._layer(head)
+        self.bytes_per_token += head.bytes_per_state
+        return structs.Linear()
 
     def _layer(self, layer: Any, *, counted: bool = True) -> structs.Linear:
         """A linear layer or an embedding; ``counted`` if a token reads all of it."""
