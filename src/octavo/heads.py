@@ -257,6 +257,8 @@ class VQHead(nn.Module):
 
     def _places(self) -> _Places:
         """What the packed tensors say; worked out anew if one of them was replaced or written to."""
+        if torch.compiler.is_exporting():
+            return _Places(self)  # A part of the program, not of this module.
         buffers = [self._buffers[name] for name in self.layout.tensors()]
         state = [(id(t), t._version) for t in buffers if t is not None and not t.is_inference()]
         if self._derived is None or self._derived[0] != state:
@@ -292,10 +294,11 @@ class _Places:
         self._radii: Tensor | None = None
         if layout.parts == CLASSES:
             frequent = unpack(head._buffer("classes"), 1, layout.tokens)[0].bool()
-            self.rows = torch.where(frequent, frequent.cumsum(0) - 1, int(frequent.sum()) - 1 + (~frequent).cumsum(0))
+            first = head.parts[0].out_features
+            self.rows = torch.where(frequent, frequent.cumsum(0) - 1, first - 1 + (~frequent).cumsum(0))
         if layout.codes:
             self.codes = unpack(head._buffer("map"), layout.map_bits, layout.tokens)[0]
-            self.sizes = torch.bincount(self.codes, minlength=layout.codes)
+            self.sizes = self.codes.new_zeros(layout.codes).scatter_add_(0, self.codes, torch.ones_like(self.codes))
             self._sorted = self.codes.argsort(stable=True)
             self._starts = self.sizes.cumsum(0) - self.sizes
         self.rows = self.rows.to(self.codes.device)

@@ -167,6 +167,20 @@ def test_the_native_decoder_runs_them(made: tuple[str, Any]) -> None:
         assert close(decoder.run(token.reshape(1)), wanted[i], 3e-2)
 
 
+def test_a_graph_computes_what_they_do_and_an_export_holds_their_tensors(made: tuple[str, Any]) -> None:
+    _, (kind, folder) = made
+    model = load(folder, dtype=torch.float32, decode="packed")[0]
+    set_candidates(model, 10 if kind in ("both", "whole") else 0)
+    with torch.no_grad():
+        wanted = logits(model)
+        graph = torch.compile(model, fullgraph=True, backend="eager")
+        assert torch.equal(graph(IDS).logits, wanted)
+        head, states = model.get_output_embeddings(), torch.randn(3, model.config.hidden_size)
+        program = torch.export.export(head, (states,))
+        torch.testing.assert_close(program.module()(states), states @ head.dequantize().T)
+        assert "octavo" not in str(program.graph)
+
+
 def test_the_frequent_rows_are_those_of_the_classes(made: tuple[str, Any], tiny_model: Tiny) -> None:
     family, (kind, folder) = made
     if kind != "classes":
