@@ -2,10 +2,9 @@
 
     python benchmarks/quality/head.py QUANTIZED ORIGINAL --bits 2 3 4 6 --calib FILES --text FILE [--out RESULT.json]
 
-QUANTIZED has head and embedding as they came. They are replaced, in memory, by what ``octavo quantize --head-bits B
---head-set classes=false`` makes of them, from the states that the quantized blocks put out for the calibration windows;
-every row is measured on the same tokens against the original. ``--separately`` has rows for head alone and embedding
-alone as well.
+QUANTIZED has head and embedding as they came. They are replaced, in memory, by what ``octavo quantize --head-bits B``
+makes of them, from the states that the quantized blocks put out for the calibration windows; every row is measured on
+the same tokens against the original. ``--separately`` has rows for head alone and embedding alone as well.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ def main() -> None:
     measure("as it is, 16 bits", 2 * sum(unique.values()), head, embedding)
     algorithm = Universal()
     for bits in arguments.bits:
-        layouts = plan_head(causal, algorithm, HeadOptions(bits, None, classes=False)).layouts
+        layouts = plan_head(causal, algorithm, HeadOptions(bits, None)).layouts
         decoded = {}
         for name, layout in layouts.items():
             stream = generator(0, head_algorithm(algorithm).stream(name, layout.shape))

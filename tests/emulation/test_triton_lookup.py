@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -19,24 +17,15 @@ from octavo.layout import Layout
 from ops.products import error, multiplied
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: pip install triton")
+interpreted = pytest.mark.skipif(
+    find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="Triton is not installed, or does not interpret: pip install triton, TRITON_INTERPRET=1",
+)
 BOOKS = ("gaussian-v8-k256-256", "gaussian-v8-k256-16", "gaussian-v4-k256-64", "gaussian-v2-k16")
 BOOKS += ("gaussian-v8-k256-256-256", "gaussian-v8-k256-signs", "gaussian-v4-k256-signs")
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[None]:
-    """Kernels are interpreted if this is set when they are defined."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        kernels = importlib.reload(importlib.import_module("octavo.kernels._triton_kernels"))
-        yield
-    finally:
-        del os.environ["TRITON_INTERPRET"]
-    importlib.reload(kernels)
-
-
-@needs_triton
-@pytest.mark.usefixtures("interpreted")
+@interpreted
 @pytest.mark.parametrize("name", BOOKS)
 def test_products_are_those_of_the_decoded_matrix(name: str) -> None:
     """Widths that fill no tile, and several; rows that fill none."""
@@ -49,8 +38,7 @@ def test_products_are_those_of_the_decoded_matrix(name: str) -> None:
         assert error(TritonLookUp.linear(x, packed), wanted) < 1e-6
 
 
-@needs_triton
-@pytest.mark.usefixtures("interpreted")
+@interpreted
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_goes_in_and_out(dtype: torch.dtype) -> None:
     weight = weight_of(BOOKS[0], (37, 320), bias=True)
@@ -64,8 +52,7 @@ def test_half_precision_goes_in_and_out(dtype: torch.dtype) -> None:
     assert TritonLookUp.linear(x.view(3, 1, 320), packed).shape == (3, 1, 37)
 
 
-@needs_triton
-@pytest.mark.usefixtures("interpreted")
+@interpreted
 def test_the_operator_is_one_that_torch_can_trace() -> None:
     m = pack(weight_of(BOOKS[0], (24, 64), bias=True))
     rest = (m.codes, m.books, m.scales, m.bias, m.signs, m.hadamard, m.signed, m.nibbles)

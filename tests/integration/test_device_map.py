@@ -27,7 +27,9 @@ from octavo.nn import VQLinear
 from octavo.weight import VQWeight
 
 #: The second block lies on the disk.
-PLACES = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+PLACES: dict[str, str] = dict.fromkeys(
+    ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu"
+)
 PLACES["model.layers.1"] = "disk"
 
 
@@ -169,7 +171,7 @@ def test_offloaded_layers_keep_no_packed_copy(monkeypatch: pytest.MonkeyPatch) -
     wanted = layer(x)
     assert layer.prepared() is layer.prepared()
     layer._prepared = None
-    cpu_offload(layer, "cpu", offload_buffers=True)
+    cpu_offload(layer, torch.device("cpu"), offload_buffers=True)
     assert torch.equal(layer(x), wanted)
     assert {tensor.device.type for tensor in layer.buffers()} == {"meta"}
     assert layer._prepared is None

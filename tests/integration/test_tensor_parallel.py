@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from formats.strategies import random_weight
@@ -37,7 +38,8 @@ def chosen_on_purpose(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def tiny(**options: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**COMMON | {"intermediate_size": 64} | options))
+    config: dict[str, Any] = COMMON | {"intermediate_size": 64} | options
+    return LlamaForCausalLM(LlamaConfig(**config))
 
 
 def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
@@ -59,7 +61,7 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(compute, args=(2, port, tmp_path / "out", tmp_path), nprocs=2)
+    spawn(compute, args=(2, port, tmp_path / "out", tmp_path), nprocs=2)
     plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = torch.arange(8)[None]
     with torch.no_grad():

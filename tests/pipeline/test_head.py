@@ -32,8 +32,6 @@ from octavo.weight import VQWeight
 Tiny = Callable[[str], Path]
 TIED, APART = "llama", "qwen2"
 FAST: dict[str, Any] = {"bits": 3.3, "samples": 2, "ctx": 32, "guided": "none", "options": {"beam": 4, "sweeps": 0}}
-#: Heads of one matrix; tests/pipeline/test_head_parts.py has the others.
-FAST |= {"head_settings": {"classes": False}}
 IDS = torch.arange(3, 43).reshape(2, 20)
 
 

@@ -34,10 +34,15 @@ Tiny = Callable[[str], Path]
 TIED, APART = "llama", "qwen2"
 FAST: dict[str, Any] = {"bits": 3.3, "samples": 3, "ctx": 32, "guided": "none", "options": {"beam": 4, "sweeps": 0}}
 HEADS: dict[str, dict[str, Any]] = {
-    "classes": {"head_bits": 4},
+    "classes": {"head_bits": 4, "head_settings": {"classes": True}},
     "codes": {"head": "vq-logits", "head_codes": 24, "head_settings": {"steps": 2}},
-    "both": {"head": "vq", "head_bits": 3, "head_codes": 24, "head_settings": {"steps": 1, "start": "frequency"}},
-    "whole": {"head_bits": 2, "head_codes": 24, "head_settings": {"classes": False, "steps": 0, "start": "random"}},
+    "both": {
+        "head": "vq",
+        "head_bits": 3,
+        "head_codes": 24,
+        "head_settings": {"classes": True, "steps": 1, "start": "frequency"},
+    },
+    "whole": {"head_bits": 2, "head_codes": 24, "head_settings": {"steps": 0, "start": "random"}},
 }
 IDS = torch.arange(3, 43).reshape(2, 20)
 

@@ -303,7 +303,8 @@ def load(
         quantized.check(folder, trust_remote_code=trust_remote_code)
     else:
         CheckpointReader(folder)
-    is_native = is_quantized and formats.raw_config(folder)["quant_method"] == native.QUANT_METHOD
+    raw = formats.raw_config(folder) if is_quantized else None
+    is_native = raw is not None and raw["quant_method"] == native.QUANT_METHOD
     register()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

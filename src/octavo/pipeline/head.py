@@ -51,7 +51,7 @@ class HeadOptions:
 
     bits: float | None
     codes: VQLogits | None
-    classes: bool = True
+    classes: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -85,7 +85,7 @@ def head_options(
         )
     if head == "vq" and bits is None:
         raise UsageError("--head vq wants --head-bits, such as 4.")
-    classes = given.pop("classes", True)
+    classes = given.pop("classes", False)
     if type(classes) is not bool:
         raise UsageError(f"--head-set classes wanted true or false, got {classes!r}.")
     if head == "vq-logits" or codes is not None:

@@ -128,12 +128,11 @@ def quantize(
         head: ``vq``: output head and embedding are quantized as well, which ``head_bits`` alone means, too;
             ``vq-logits``: the head becomes ``head_codes`` codewords (2,048) that tokens share, and the embedding stays.
         head_bits: bits of a code per weight of output head and embedding: 1, 1.5, 2, 2.5, 3, 3.5, 4 or 6. Whatever the
-            method, they get universal codebooks, with more bits in the head's rows of frequent tokens and fewer in the
-            others. A matrix that is both stays one.
+            method, they get universal codebooks. A matrix that is both stays one.
         head_codes: with ``head_bits``, codewords beside the rows that choose candidates; see
             :func:`octavo.heads.set_candidates`.
         head_settings: options of the codewords, see :class:`octavo.algorithms.vq_logits.VQLogits`, and ``classes``:
-            False gives all rows of a head the same bits.
+            True gives the head's rows of frequent tokens more bits and the others fewer, at the same size.
         guided: what is decided by what errors cost in the end, found out by one pass of gradients through the original
             (:mod:`octavo.pipeline.guide`): the ``weights`` of the calibration tokens, how ``bits`` are shared out
             between the matrices, ``both`` or ``none``. None: the method decides.
