@@ -39,6 +39,12 @@ DeviceOption = Annotated[
 ]
 
 
+def _are_numbers(cells: Sequence[str]) -> bool:
+    """Whether all that is in a column begins as a number does."""
+    found = [cell.lstrip("+-.~")[:1].isdigit() for cell in cells if cell]
+    return bool(found) and all(found)
+
+
 class Output:
     """The two streams of a command. Use as a context manager around all of its work.
 
@@ -84,16 +90,17 @@ class Output:
             self.say(f"{name:<{width}}  {value}")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-        """A table: drawn on a terminal, aligned columns in a pipe. The first column is text, the others numbers."""
+        """A table: drawn on a terminal, aligned columns in a pipe. Columns of numbers are aligned on the right."""
         if self.as_json:
             return
+        right = [_are_numbers([row[i] for row in rows]) for i in range(len(columns))]
         if self._stdout.isatty():
             from rich.console import Console
             from rich.table import Table
 
             drawn = Table(title=title or None, title_justify="left")
             for index, column in enumerate(columns):
-                drawn.add_column(column, justify="right" if index else "left", overflow="fold")
+                drawn.add_column(column, justify="right" if right[index] else "left", overflow="fold")
             for row in rows:
                 drawn.add_row(*row)
             Console(file=self._stdout, markup=False).print(drawn)
@@ -102,7 +109,7 @@ class Output:
             self.say(title)
         widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
         for row in (columns, *rows):
-            cells = [f"{c:>{w}}" if i else f"{c:<{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+            cells = [c.rjust(w) if numbers else c.ljust(w) for c, w, numbers in zip(row, widths, right, strict=True)]
             self.say("  ".join(cells).rstrip())
 
     # ---------------------------------------------------------------- progress
