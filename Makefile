@@ -48,7 +48,7 @@ demo: $(VENV)/.package
 	$(BIN)/octavo demo $(DEMO_MODEL) demo/out
 
 clean:
-	rm -rf build $(VENV) demo .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf build $(VENV) demo src/octavo/kernels/cubins .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(VENV)/.tools: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -19,6 +19,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+
+@pytest.fixture(autouse=True)
+def _no_shipped_programs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a checkout, whether or not a release was built in it."""
+    monkeypatch.setattr("octavo.kernels._shipped.FOLDER", tmp_path_factory.getbasetemp() / "no-cubins")
+
+
 VOCABULARY = 320
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '\\n' }}{% endfor %}"

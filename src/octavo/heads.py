@@ -169,7 +169,7 @@ class VQHead(nn.Module):
         """Logits [n] float32 of some tokens, int64 [n], for one state [width]."""
         if len(self.parts) == 1:
             return self.parts[0].rows_times(tokens, x)
-        logits, place = torch.empty(len(tokens)), self._places().rows[tokens]
+        logits, place = torch.empty(len(tokens), device=x.device), self._places().rows[tokens]
         first = self.parts[0].out_features
         for part, mine, start in zip(self.parts, (place < first, place >= first), (0, first), strict=True):
             logits[mine] = part.rows_times(place[mine] - start, x)
@@ -192,7 +192,7 @@ class VQHead(nn.Module):
         places, x = self._places(), x.float()
         bounds = self._by_codes(x) + x.norm() * places.radii(self)
         order = bounds.where(places.sizes > 0, -torch.inf).argsort(descending=True)
-        tokens, logits = torch.empty(0, dtype=torch.int64), torch.empty(0)
+        tokens, logits = torch.empty(0, dtype=torch.int64, device=x.device), torch.empty(0, device=x.device)
         best, scored = tokens, 0
         for some in order.split(_VISITED):
             if len(best) == k and float(logits.min()) >= float(bounds[some[0]]):
@@ -262,7 +262,8 @@ class VQHead(nn.Module):
         buffers = [self._buffers[name] for name in self.layout.tensors()]
         state = [(id(t), t._version) for t in buffers if t is not None and not t.is_inference()]
         if self._derived is None or self._derived[0] != state:
-            self._derived = state, _Places(self)
+            with torch.inference_mode(False):  # Later calls may want gradients.
+                self._derived = state, _Places(self)
         return self._derived[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -288,7 +289,7 @@ class _Places:
 
     def __init__(self, head: VQHead) -> None:
         layout = head.layout
-        tokens = torch.arange(layout.tokens)
+        tokens = torch.arange(layout.tokens, device=next(head.buffers()).device)
         self.rows, self.codes, self.sizes = tokens, tokens, tokens
         self._table: Tensor | None = None
         self._radii: Tensor | None = None
@@ -301,20 +302,21 @@ class _Places:
             self.sizes = self.codes.new_zeros(layout.codes).scatter_add_(0, self.codes, torch.ones_like(self.codes))
             self._sorted = self.codes.argsort(stable=True)
             self._starts = self.sizes.cumsum(0) - self.sizes
-        self.rows = self.rows.to(self.codes.device)
 
     def radii(self, head: VQHead) -> Tensor:
         """The largest distance of a token's row from its codeword, [codes] float32; decodes all rows once."""
         if self._radii is None:
             distances = (head.dequantize() - head._buffer("codes").float()[self.codes]).norm(dim=1)
             # A little more than float rounding may take away.
-            self._radii = torch.zeros(len(self.sizes)).scatter_reduce_(0, self.codes, distances, "amax") * 1.001
+            largest = distances.new_zeros(len(self.sizes)).scatter_reduce_(0, self.codes, distances, "amax")
+            self._radii = 1.001 * largest
         return self._radii
 
     def table(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """The codewords in the dtype of the states, converted once."""
         if self._table is None or self._table.dtype != dtype:
-            self._table = codes.to(dtype)
+            with torch.inference_mode(False):
+                self._table = codes.to(dtype)
         return self._table
 
     def members(self, codes: Tensor) -> Tensor:

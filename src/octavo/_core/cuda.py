@@ -40,6 +40,9 @@ def _nvrtc() -> ctypes.CDLL | None:
     pattern = "nvrtc64_*_0.dll" if sys.platform == "win32" else "libnvrtc.so*"
     for path in [*(found for folder in folders for found in sorted(folder.glob(pattern))), Path("libnvrtc.so")]:
         with contextlib.suppress(OSError):
+            # NVRTC asks for it by its name alone, which is found if it is loaded already.
+            for companion in sorted(path.parent.glob("libnvrtc-builtins.so*")) if path.is_absolute() else ():
+                ctypes.CDLL(str(companion))
             return ctypes.CDLL(str(path))
     return None
 

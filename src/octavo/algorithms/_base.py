@@ -145,12 +145,14 @@ class Algorithm(ABC):
         :class:`octavo.pipeline.block_tune.BlockTuneOptions`, or None for not at all."""
         return None
 
-    def row_order(self, weights: Sequence[Tensor]) -> Tensor | None:
-        """The order [rows] int64 that the rows of matrices [rows, columns] had best be quantized in, one for all.
+    @property
+    def orders_rows(self) -> bool:
+        """Whether there is a :meth:`row_order`."""
+        return False
 
-        None, the default, stands for the order that they have.
-        """
-        return None
+    def row_order(self, weights: Sequence[Tensor]) -> Tensor:
+        """The order [rows] int64 that the rows of matrices [rows, columns] had best be quantized in, one for all."""
+        raise NotImplementedError
 
     def stream(self, name: str, shape: tuple[int, int]) -> str:
         """What the random numbers of a matrix (out, in) depend on, besides the run's seed: by default its name."""

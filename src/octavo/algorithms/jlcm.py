@@ -73,6 +73,11 @@ class JLCM(RowOptions, Algorithm):
             check_choice(self, option, choices)
         if self.groups is not None and (type(self.groups) is not int or self.groups < 1):
             raise UsageError(f"jlcm: groups wanted a whole number >= 1, got {self.groups!r}")
+        if math.floor(self.bits * self.vector_length) - 1 > _MAX_BITS:
+            raise UsageError(
+                f"jlcm: {self.bits:g} bits for vectors of {self.vector_length} want codebooks beyond 2^{_MAX_BITS}; "
+                "give a shorter vector_length"
+            )
 
     @property
     def block_tuning(self) -> Mapping[str, Any] | None:
@@ -84,9 +89,11 @@ class JLCM(RowOptions, Algorithm):
             given |= {"rule": self.rule, "neighbours": self.neighbours, "code_lr": self.code_lr}
         return given
 
-    def row_order(self, weights: Sequence[Tensor]) -> Tensor | None:
-        if not self.reorder:
-            return None
+    @property
+    def orders_rows(self) -> bool:
+        return self.reorder
+
+    def row_order(self, weights: Sequence[Tensor]) -> Tensor:
         return grouped_order(torch.cat([shape_features(weight) for weight in weights], dim=1))
 
     # ---------------------------------------------------------------- layout

@@ -93,6 +93,8 @@ class HeadLayout:
         missing = [name for name in head.matrices if name not in layouts]
         if missing or module in layouts:
             raise FormatError(f"{where}: the head's parts and the quantized modules do not fit: {missing or module}.")
+        if why := [name for name in head.matrices if layouts[name].bias or layouts[name].why_no_rows()]:
+            raise FormatError(f"{where}: parts of the head want rows that can be looked up, and no bias: {why}.")
         shapes = [layouts[name].shape for name in head.matrices]
         if shapes and ({width for _, width in shapes} != {head.width} or sum(n for n, _ in shapes) != head.tokens):
             raise FormatError(f"{where}: parts of {shapes} do not make a head of {head.tokens} x {head.width}.")

@@ -67,7 +67,7 @@ class PackedMatrix:
         Raises:
             UsageError: a row that the matrix lacks.
         """
-        y = torch.empty(index.numel())
+        y = torch.empty(index.numel(), dtype=torch.float32, device="cpu")
         index, x, indices = index.contiguous(), x.contiguous(), self.weight.tensors["indices"].contiguous()
         arguments = (indices.data_ptr(), index.data_ptr(), index.numel(), x.data_ptr(), y.data_ptr())
         if clib.call(_library().octavo_matrix_rows, self.handle, *arguments, threads or clib.threads()):

@@ -11,9 +11,11 @@ import re
 import zipfile
 from collections.abc import Mapping
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 
 from octavo._core.cuda import program_key
+from octavo._core.io import write_bytes
 
 #: Where the archives are.
 FOLDER = Path(__file__).with_name("cubins")
@@ -47,9 +49,11 @@ def find_ptx(source: str, macros: Mapping[str, str]) -> bytes | None:
 def write(folder: Path, target: str, programs: Mapping[str, bytes]) -> Path:
     """An archive of programs by key for a target such as ``sm_90``; gives its path."""
     path = folder / f"{target}.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+    packed = BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_LZMA) as archive:
         for key in sorted(programs):
             archive.writestr(zipfile.ZipInfo(key, _DATE), programs[key], zipfile.ZIP_LZMA)
+    write_bytes(path, packed.getvalue())
     return path
 
 

@@ -33,7 +33,7 @@ def pack(weight: VQWeight) -> PackedMatrix:
     layout = weight.layout
     books = torch.cat([weight.codebook(stage)[0].float() for stage in range(len(layout.stages))]).contiguous()
     stages = torch.tensor(layout.stages, dtype=torch.int32)
-    columns, scales = layout.shape[1], torch.ones(layout.shape[0], 1)
+    columns, scales = layout.shape[1], torch.ones(layout.shape[0], 1, dtype=torch.float32)
     if layout.block_scale is not None:
         columns, scales = layout.block_scale.columns, weight.block_scales().contiguous()
     indices = weight.tensors["indices"].contiguous()

@@ -7,6 +7,7 @@ where a table stands nor multiplies bytes four at a time, as ``cuda_lookup`` doe
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -23,7 +24,7 @@ from octavo.math.hessian import exact_float32
 from octavo.weight import VQWeight
 
 _VECTORS = (2, 4, 8)
-_MOST_STAGES, _MOST_BITS = 4, 8
+_MOST_STAGES, _MOST_BITS, _MOST_TRANSFORM = 4, 8, 256
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Rows and vectors of eight of a tile for one input, rows and inputs of one for several.
 _ONE_ROWS, _ONE_INPUTS, _ROWS, _INPUTS = 16, 256, 64, 64
@@ -116,15 +117,17 @@ def triton_linear(
     sizes = (rows, inputs, vectors, vectors + vectors % 2, codes.shape[1])
     added = scales if bias is None else bias
     options = {"V": v, "STAGES": books.shape[0], "NIBBLES": nibbles, "SIGNS": signed, "BIAS": bias is not None}
-    if n == 1:
-        tile = {"ROWS": _ONE_ROWS, "VECTORS": _ONE_INPUTS // v}
-        grid = (-(-rows // _ONE_ROWS),)
-        kernels.one[grid](moved, codes, books, scales, added, y, *sizes, **options, **tile)
-    else:
-        tokens = 16 if n <= 16 else 64
-        tile = {"TOKENS": tokens, "ROWS": _ROWS, "VECTORS": _INPUTS // v}
-        grid = (-(-rows // _ROWS), -(-n // tokens))
-        kernels.many[grid](moved, codes, books, scales, added, y, n, *sizes, **options, **tile)
+    # Triton launches on the current device, whatever that of the tensors is.
+    with nullcontext() if x.is_cpu else torch.accelerator.device_index(x.device.index):
+        if n == 1:
+            tile = {"ROWS": _ONE_ROWS, "VECTORS": _ONE_INPUTS // v}
+            grid = (-(-rows // _ONE_ROWS),)
+            kernels.one[grid](moved, codes, books, scales, added, y, *sizes, **options, **tile)
+        else:
+            tokens = 16 if n <= 16 else 64
+            tile = {"TOKENS": tokens, "ROWS": _ROWS, "VECTORS": _INPUTS // v}
+            grid = (-(-rows // _ROWS), -(-n // tokens))
+            kernels.many[grid](moved, codes, books, scales, added, y, n, *sizes, **options, **tile)
     return y
 
 
@@ -148,6 +151,8 @@ def why_not(layout: Layout) -> str:
             "channel norms": layout.channel_norm != "none",
             "a stored order": layout.permuted,
             "outlier columns": layout.outliers is not None,
+            f"transforms of more than {_MOST_TRANSFORM} inputs": transform is not None
+            and transform.input > _MOST_TRANSFORM,
             "a transform of the outputs": transform is not None and transform.output > 0,
         }
     )

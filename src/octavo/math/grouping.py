@@ -8,6 +8,8 @@ from torch import Tensor
 #: Quantiles that describe the shape of a row's distribution.
 _QUANTILES = 16
 _ITERATIONS = 20
+#: Rows that are sorted at a time.
+_ROWS = 256
 
 
 def shape_features(weight: Tensor) -> Tensor:
@@ -15,6 +17,11 @@ def shape_features(weight: Tensor) -> Tensor:
 
     The quantiles are those at (i + 1/2) / 16; rows of zeros have zeros.
     """
+    # In pieces: sorting takes several times the memory of what is sorted.
+    return torch.cat([_shape_features(piece) for piece in weight.split(_ROWS)])
+
+
+def _shape_features(weight: Tensor) -> Tensor:
     values = weight.double()
     size = values.square().mean(dim=1, keepdim=True).sqrt()
     shape = values / torch.where(size > 0, size, 1)

@@ -74,7 +74,8 @@ class Displacement:
         self._rows = _DECAY * self._rows + (1 - _DECAY) * square.mean(dim=(1, 2), keepdim=True)
         self._columns = _DECAY * self._columns + (1 - _DECAY) * square.mean(dim=0, keepdim=True)
         mean = self._rows.mean() * (1 - _DECAY**self._steps)
-        size = (self._rows * self._columns / mean).sqrt()
+        # Roots first: mean squares of small gradients, multiplied, would be too small for float32.
+        size = self._rows.sqrt() * (self._columns / mean).sqrt()
         return torch.where(size > 0, size, torch.inf)
 
 

@@ -112,9 +112,11 @@ class CausalModel:
         """The model's name of a checkpoint tensor, under which a new checkpoint has to store it.
 
         Checkpoints may leave the base model's prefix out or use names of an older transformers; one that mixes these
-        with the module paths of quantized matrices would not load. Of tied tensors the stored name is kept.
+        with the module paths of quantized matrices would not load. Of tied tensors the stored name is kept, unless it
+        is that of a matrix that is quantized without the other.
         """
-        names = [name for name, source in self._sources.items() if source == stored]
+        taken = self._taken()
+        names = [n for n, source in self._sources.items() if source == stored and n.rpartition(".")[0] not in taken]
         return stored if stored in names or not names else names[0]
 
     @property

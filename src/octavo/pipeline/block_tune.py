@@ -371,6 +371,8 @@ class _Student:
         for full, weight in weights.items():
             name = full.removeprefix(prefix + ".")
             layer = TunableLinear(weight, options.train, full)
+            # Decoded once more in the backward pass: what is kept for gradients would be many times the matrix.
+            layer.decode_again = layer.codes is not None
             trained = dict(layer.named_parameters(recurse=False))
             if not trained and layer.codes is None:
                 # The layer that is there has the decoded matrix already.

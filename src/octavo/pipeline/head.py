@@ -88,6 +88,11 @@ def head_options(
     classes = given.pop("classes", False)
     if type(classes) is not bool:
         raise UsageError(f"--head-set classes wanted true or false, got {classes!r}.")
+    if classes and bits not in ROW_CLASSES:
+        known = ", ".join(f"{b:g}" for b in ROW_CLASSES)
+        raise UsageError(f"--head-set classes=true wants --head-bits of {known}; others have none above or below them.")
+    if codes is not None and "codes" in given:
+        raise UsageError("--head-codes and --head-set codes are the same; give one of them.")
     if head == "vq-logits" or codes is not None:
         return HeadOptions(bits, from_dict(VQLogits, {**({"codes": codes} if codes else {}), **given}, "head"), classes)
     if given:

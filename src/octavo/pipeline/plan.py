@@ -253,7 +253,11 @@ def plan_model(
             Matrix(name, len(model.blocks), layout, form.bits(layout)) for name, layout in ends.layouts.items()
         ]
     if tensor_parallel != 1:
-        _check_tensor_parallel(matrices, tensor_parallel)
+        # Each rank has embeddings, heads that are embeddings as well, and heads of parts whole.
+        whole = set(ends.head.matrices) if ends is not None and ends.head is not None else set[str]()
+        if model.ends is not None:
+            whole |= {name for name in model.ends.targets if name != model.ends.head or model.ends.tied}
+        _check_tensor_parallel([m for m in matrices if m.module not in whole], tensor_parallel)
     weights = sum(m.layout.weights for m in matrices)
     sizes = [m.bits for m in matrices]
     if ends is not None and ends.head is not None:
@@ -276,7 +280,8 @@ def plan_model(
         kept_bytes=_kept_bytes(model, form),
         source_bytes=model.reader.total_bytes,
         memory_bytes=_memory(model, matrices, samples * ctx, algorithm.needs_hessian),
-        work_bytes=bits // 8 + (_hidden_bytes(model, samples * ctx) * 3 if algorithm.needs_hessian else 0),
+        work_bytes=bits // 8
+        + (_hidden_bytes(model, samples * ctx) * 3 if algorithm.needs_hessian or head is not None else 0),
         seconds=flops / _measured_flops(),
         head=ends.head if ends else None,
         predicted_kl=predicted,

@@ -34,9 +34,11 @@ def load_reordered(
         hidden, kwargs: a batch of what the block is called with; without one nothing is reordered.
         note: takes what the user should know.
     """
-    orders = {n: order for n in _neurons(causal, index) if (order := _order(causal, algorithm, n)) is not None}
     block = causal.load_block(index)
-    if not orders or not hidden:
+    if not algorithm.orders_rows or not hidden:
+        return block
+    orders = {neurons: _order(causal, algorithm, neurons) for neurons in _neurons(causal, index)}
+    if not orders:
         return block
     where = causal.blocks[index]
     (wanted,) = capture.forward(block, hidden, kwargs, where)
@@ -58,13 +60,11 @@ def _neurons(causal: CausalModel, index: int) -> list[Neurons]:
     return find_neurons(causal.targets(index), causal.config.get_text_config())
 
 
-def _order(causal: CausalModel, algorithm: Algorithm, neurons: Neurons) -> Tensor | None:
+def _order(causal: CausalModel, algorithm: Algorithm, neurons: Neurons) -> Tensor:
     """The order of the makers' outputs, head by head."""
     parts, first = [], 0
     for pieces in zip(*(causal.weight(name).chunk(neurons.heads) for name in neurons.makers), strict=True):
         order = algorithm.row_order(pieces)
-        if order is None:
-            return None
         parts.append(order + first)
         first += order.numel()
     return torch.cat(parts)

@@ -194,7 +194,8 @@ def quantize(
             needs_text = algorithm.needs_hessian or guided != "none" or block_options is not None or wanted is not None
             tokens = calibration(causal, str(calib), samples, ctx, seed) if needs_text else None
             if block_options is not None and tokens is not None:
-                block_options.check([m.layout for m in the_plan.matrices], tokens.ids)
+                blocks = len(causal.blocks)
+                block_options.check([m.layout for m in the_plan.matrices if m.block < blocks], tokens.ids)
             identity = {
                 "octavo": octavo.__version__,
                 "method": algorithm.name,

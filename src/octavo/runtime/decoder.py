@@ -163,7 +163,8 @@ class NativeDecoder:
         lib = clib.library()
         assert lib is not None
         head = self.model.get_output_embeddings()
-        found = torch.empty(head.in_features if isinstance(head, VQHead) else self._vocabulary)
+        size = head.in_features if isinstance(head, VQHead) else self._vocabulary
+        found = torch.empty(size, dtype=torch.float32, device="cpu")
         status = clib.call(
             lib.octavo_session_run,
             *(self._session, tokens.data_ptr(), tokens.numel(), self.length, found.data_ptr()),
