@@ -212,6 +212,4 @@ def test_every_program_compiles_without_spilling_registers(architecture: str) ->
     for name in (*names, "gaussian-v4-k256-signs"):
         binary, log = cuda.compile_program(_gpu.source("lookup"), shapes()[name].macros(), architecture, report=True)
         assert binary[:4] == b"\x7fELF"
-        # NVRTC 13.0 spills two registers of one product for sm_100 and sm_120; 13.5 none.
-        most = 8 if architecture in ("sm_100", "sm_120") else 0
-        assert not [spill for spill in re.findall(r"(\d+) bytes spill", log) if int(spill) > most], log
+        assert not [spill for spill in re.findall(r"(\d+) bytes spill", log) if spill != "0"], log
