@@ -169,7 +169,7 @@ class VQHead(nn.Module):
         """Logits [n] float32 of some tokens, int64 [n], for one state [width]."""
         if len(self.parts) == 1:
             return self.parts[0].rows_times(tokens, x)
-        logits, place = torch.empty(len(tokens), device=x.device), self._places().rows[tokens]
+        logits, place = torch.empty(len(tokens), dtype=torch.float32, device=x.device), self._places().rows[tokens]
         first = self.parts[0].out_features
         for part, mine, start in zip(self.parts, (place < first, place >= first), (0, first), strict=True):
             logits[mine] = part.rows_times(place[mine] - start, x)
@@ -192,7 +192,7 @@ class VQHead(nn.Module):
         places, x = self._places(), x.float()
         bounds = self._by_codes(x) + x.norm() * places.radii(self)
         order = bounds.where(places.sizes > 0, -torch.inf).argsort(descending=True)
-        tokens, logits = torch.empty(0, dtype=torch.int64, device=x.device), torch.empty(0, device=x.device)
+        tokens, logits = places.codes.new_empty(0), x.new_empty(0)
         best, scored = tokens, 0
         for some in order.split(_VISITED):
             if len(best) == k and float(logits.min()) >= float(bounds[some[0]]):

@@ -68,9 +68,9 @@ def test_a_driver_that_refuses_it_gets_one_that_was_compiled_here(
 ) -> None:
     def load(module: Any, image: bytes) -> int:
         loaded.append(image)
-        return 0 if image == b"compiled here" else 218  # CUDA_ERROR_INVALID_PTX
+        return 0 if image == b"compiled here" or (takes_ptx and b".target" in image) else 218  # CUDA_ERROR_INVALID_PTX
 
-    driver = cuda._driver()
+    takes_ptx, driver = False, cuda._driver()
     monkeypatch.setattr(driver, "cuModuleLoadData", load)
     monkeypatch.setattr(driver, "cuGetErrorString", lambda *arguments: 0, raising=False)
     monkeypatch.setattr(_gpu, "_architecture", lambda device: 86)
@@ -81,6 +81,9 @@ def test_a_driver_that_refuses_it_gets_one_that_was_compiled_here(
     monkeypatch.setattr(cuda, "_nvrtc", lambda: None)
     with pytest.raises(ResourceError, match="loading a kernel"):
         _gpu.program(SHAPE, DEVICE)
+    takes_ptx = True
+    _gpu.program(SHAPE, DEVICE)
+    assert [b".target" in image for image in loaded[2:]] == [False, True, False, True], "PTX after what was refused"
 
 
 def test_without_a_compiler_others_get_ptx(loaded: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from emulation.test_cuda_tables import LAYOUTS as TILED
 from formats.strategies import random_weight
 from octavo.kernels import _gpu, select
 from octavo.kernels.cuda_lookup import LookUpMatrix
+from octavo.layout import Layout
 from octavo.nn import VQLinear
 from ops.products import error, multiplied
 
@@ -48,20 +49,15 @@ def test_a_layer_on_the_gpu_takes_this_kernel(dtype: torch.dtype, monkeypatch: p
         assert error(y.cpu(), multiplied(weight, x.cpu())) < 2 * LIMIT
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_column_vectors_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = random_weight(LAYOUTS[name], seed=1)
-    monkeypatch.setenv(select.ENVIRONMENT, "cuda_gather")
-    layer = VQLinear.from_weight(weight).to(GPU)
-    for n in (1, 3, 8, 40):
-        x = torch.randn(n, weight.layout.shape[1], device=GPU)
-        assert error(layer(x).cpu(), multiplied(weight, x.cpu())) < 2e-3, "TF32 at most"
-
-
-@pytest.mark.parametrize("name", TILED)
-def test_codebooks_per_tile_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = random_weight(TILED[name], seed=1)
-    monkeypatch.setenv(select.ENVIRONMENT, "cuda_tables")
+@pytest.mark.parametrize(
+    ("kernel", "layout"),
+    [("cuda_gather", layout) for layout in LAYOUTS.values()] + [("cuda_tables", layout) for layout in TILED.values()],
+)
+def test_column_vectors_and_codebooks_per_tile_too(
+    kernel: str, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = random_weight(layout, seed=1)
+    monkeypatch.setenv(select.ENVIRONMENT, kernel)
     layer = VQLinear.from_weight(weight).to(GPU)
     for n in (1, 3, 8, 40):
         x = torch.randn(n, weight.layout.shape[1], device=GPU)

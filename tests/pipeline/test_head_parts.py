@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from faults.jobs import digests, make_quick, stop_after
@@ -160,6 +162,23 @@ def test_the_certified_top_tokens_are_those_of_all_rows(made: tuple[str, Any]) -
 
 
 @pytest.mark.skipif(clib.library() is None, reason=f"no C++ library: {clib.why_missing()}")
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_torchs_default_dtype_is_of_no_account(made: tuple[str, Any], default: torch.dtype) -> None:
+    kind, folder = made[1]
+    model = load(folder, dtype=torch.float32, decode="packed")[0]
+    set_candidates(model, 10 if kind in ("both", "whole") else 0)
+    decoder, tokens = NativeDecoder(model, 32, threads=2), IDS[0, :3]
+    wanted = decoder.run(tokens)
+    torch.set_default_dtype(default)
+    try:
+        decoder.length = 0
+        found = decoder.run(tokens)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found, wanted)
+
+
+@pytest.mark.skipif(clib.library() is None, reason=f"no C++ library: {clib.why_missing()}")
 def test_the_native_decoder_runs_them(made: tuple[str, Any]) -> None:
     _, (kind, folder) = made
     model = load(folder, dtype=torch.float32, decode="packed")[0]
@@ -184,6 +203,24 @@ def test_a_graph_computes_what_they_do_and_an_export_holds_their_tensors(made: t
         program = torch.export.export(head, (states,))
         torch.testing.assert_close(program.module()(states), states @ head.dequantize().T)
         assert "octavo" not in str(program.graph)
+
+
+def test_gradients_pass_after_inference_mode(made: tuple[str, Any]) -> None:
+    model = load(made[1][1], dtype=torch.float32, decode="packed")[0]
+    head, states = model.get_output_embeddings(), torch.randn(2, model.config.hidden_size)
+    with torch.inference_mode():
+        head(states)
+    head(states.requires_grad_()).square().sum().backward()
+    assert states.grad is not None and bool(states.grad.isfinite().all())
+
+
+def test_a_tied_matrix_may_be_stored_under_the_name_of_the_head(tiny_model: Tiny, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model(TIED), tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    quantize(folder, tmp_path / "out", **HEADS["codes"], **FAST)
+    assert bool(logits(load(tmp_path / "out", dtype=torch.float32, decode="packed")[0]).isfinite().all())
 
 
 def test_the_frequent_rows_are_those_of_the_classes(made: tuple[str, Any], tiny_model: Tiny) -> None:
@@ -277,6 +314,9 @@ def load_with(folder: Path, raw: dict[str, Any], to: Path) -> None:
         ({"head_bits": 4, "head_settings": {"steps": 3}}, "is an option of codewords"),
         ({"head": "vq-logits", "head_settings": {"start": "zipf"}}, "start wanted kmeans, frequency, random"),
         ({"head": "softmax"}, "--head wanted vq or vq-logits"),
+        ({"head_bits": 6, "head_settings": {"classes": True}}, "classes=true wants --head-bits of"),
+        ({"head": "vq-logits", "head_settings": {"classes": True}}, "classes=true wants --head-bits of"),
+        ({"head": "vq-logits", "head_codes": 8, "head_settings": {"codes": 9}}, "are the same; give one"),
     ],
 )
 def test_options_that_contradict_each_other(

@@ -114,6 +114,7 @@ def test_codebooks_of_single_rows_need_no_scales() -> None:
     ("options", "message"),
     [
         ({"vector_length": 3}, "vector_length wanted one of 1, 2, 4, 8; got 3"),
+        ({"vector_length": 8}, "want codebooks beyond 2.12; give a shorter vector_length"),
         ({"groups": 0}, "groups wanted a whole number >= 1, got 0"),
         ({"reorder": 1}, "reorder wanted one of True, False; got 1"),
         ({"learn": "codes"}, "learn wanted one of none, books, joint; got 'codes'"),

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from octavo._core.errors import FormatError, ResourceError
 
@@ -65,7 +66,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         ResourceError: the disk is full; the old file, if any, is untouched and the temporary one is gone.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Neither threads nor containers with a folder in common may share it.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid4().hex}.tmp")
     try:
         with disk_errors(path):
             with open(temporary, "wb") as file:

@@ -81,8 +81,8 @@ def _program(shape: Shape, device: int) -> Any:
         try:
             return cuda.Program(binary, device, shape.functions(), THREADS)
         except ResourceError:
-            # A driver that is older than the compiler of the release; that of torch suits it.
-            if not compiles:
+            # A driver that is older than the compiler of the release; that of torch suits it, or the driver's own.
+            if not compiles and shipped.find_ptx(text, macros) is None:
                 raise
     binary = None if compiles else shipped.find_ptx(text, macros)
     if binary is None:
