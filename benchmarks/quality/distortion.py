@@ -10,7 +10,6 @@ is 2^(-2R); the gap is 10 log10(MSE / bound).
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from table import machine, portable  # pyright: ignore[reportMissingImports]
+from table import machine, portable, save  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from octavo import codebooks
@@ -142,9 +141,7 @@ def main() -> None:
         "others": [{"bits": bits, "quantizer": what, "mse": mse} for bits, what, mse in OTHERS],
         "machine": machine(),
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(document, indent=1) + "\n")
-    arguments.out.with_suffix(".md").write_text(markdown(rows) + "\n")
+    save(arguments.out, document, markdown(rows))
 
 
 if __name__ == "__main__":

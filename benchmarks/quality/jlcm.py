@@ -10,7 +10,6 @@ of the block's output on held-out windows, relative to its variance, before and 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from table import machine, portable  # pyright: ignore[reportMissingImports]
+from table import machine, portable, save  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from octavo import algorithms
@@ -193,10 +192,7 @@ def main() -> None:
         "grouping": [row for block in blocks for row in grouping(block)],
         "machine": machine(),
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(document, indent=1) + "\n")
-    arguments.out.with_suffix(".md").write_text(markdown(document) + "\n")
-    print(markdown(document))
+    save(arguments.out, document, markdown(document))
 
 
 if __name__ == "__main__":

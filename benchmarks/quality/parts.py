@@ -9,7 +9,6 @@ rows are the recipe of the released code (``released.py``).
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 from released import GPTVQReleased  # registers the baseline  # pyright: ignore[reportMissingImports]
-from table import machine, portable  # pyright: ignore[reportMissingImports]
+from table import machine, portable, save  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from octavo import algorithms
@@ -150,10 +149,7 @@ def main() -> None:
         "rows": rows,
         "machine": machine(),
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(document, indent=1) + "\n")
-    arguments.out.with_suffix(".md").write_text(markdown(rows) + "\n")
-    print(markdown(rows))
+    save(arguments.out, document, markdown(rows))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,14 @@ def portable(argument: str) -> str:
     return ",".join("/".join(["data", *Path(p).parts[-2:]]) if p.startswith("/") else p for p in parts)
 
 
+def save(out: Path, document: dict[str, Any], table: str) -> None:
+    """A result file, its table beside it and on the screen."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(document, indent=1) + "\n")
+    out.with_suffix(".md").write_text(table + "\n")
+    print(table)
+
+
 def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -137,10 +145,7 @@ def main() -> None:
         "rows": rows,
         "machine": machine(),
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(document, indent=1) + "\n")
-    arguments.out.with_suffix(".md").write_text(table + "\n")
-    print(table)
+    save(arguments.out, document, table)
 
 
 if __name__ == "__main__":

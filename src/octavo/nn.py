@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from octavo import compiled
 from octavo._core.clib import SlowPathWarning
 from octavo._core.errors import UsageError
 from octavo.kernels import reference, select
@@ -108,8 +109,6 @@ class VQLinear(nn.Module):
         if torch.compiler.is_exporting():
             return self.multiply_decoded(x)  # A program on its own: it takes the tensors, not the layer.
         if torch.compiler.is_compiling():
-            from octavo import compiled
-
             wants_gradient = x.requires_grad and torch.is_grad_enabled()
             number = compiled.number_of(self, packed=not wants_gradient)
             return compiled.linear(x, number, self.layout.shape[0], wants_gradient)
@@ -170,8 +169,6 @@ class VQLinear(nn.Module):
             UsageError: a layout whose rows depend on each other.
         """
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            from octavo import compiled
-
             return compiled.rows(index, compiled.number_of(self, packed=False), self.in_features, self._dense_dtype)
         return self.decoded_rows(index, self._dense_dtype)
 
