@@ -34,7 +34,8 @@ def octavo(*arguments: str, program: tuple[str, ...] = ("-m", "octavo.cli")) -> 
 
 def machine() -> dict[str, Any]:
     """What the timings belong to."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
     info = octavo("doctor")
     info.pop("executable")
     return {"commit": commit, "platform": platform.platform(), "processor": _cpu(), "doctor": info}
